@@ -1,0 +1,375 @@
+"""Mixing in a loader: a collate function for any DataLoader, a wrapper around any loader.
+
+Stacking may happen in a worker; mixing needs the teacher and happens in the process that iterates,
+when a batch's mixes are first asked for.
+"""
+
+import copy
+import uuid
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from supermix_transforms.batch import (
+    LabelsGetter,
+    MixBatch,
+    Mixed,
+    MixResult,
+    Outcome,
+    OutputForm,
+    TargetForm,
+    check_images,
+    check_labels,
+    identities,
+    refuse_dispatch,
+    register,
+    sample_keys,
+    split_batch,
+)
+from supermix_transforms.mixing import Draw
+from supermix_transforms.solver import SolverSettings
+from supermix_transforms.teacher import TeacherLabeler, as_labeler
+from supermix_transforms.transforms import BatchMix, SuperMix
+
+__all__ = ["MixLoader", "SuperMixCollate"]
+
+Unconverged = Literal["keep", "drop", "redraw"]
+Self = TypeVar("Self", bound="_BatchMixer")
+REDRAWS = 2
+
+
+class _BatchMixer:
+    """From stacked originals to mixes and labels; what the collate and the wrapper share."""
+
+    def __init__(
+        self,
+        transform: Callable[..., Any] | None,
+        labeler: TeacherLabeler | None,
+        after: Callable[..., Any] | None,
+        output: OutputForm,
+        target: TargetForm,
+        unconverged: Unconverged,
+        labels_getter: LabelsGetter,
+        seed: int,
+    ) -> None:
+        for name, value, allowed in (
+            ("output", output, ("batch", "tuple", "concat", "dict")),
+            ("target", target, ("soft", "hard")),
+            ("unconverged", unconverged, ("keep", "drop", "redraw")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}.")
+        if transform is None and output == "concat":
+            raise ValueError(
+                'output="concat": expected mixes to put beside the originals, got no mix=. Pass '
+                'mix=SuperMix(teacher), or output="tuple" for originals with the teacher\'s labels.'
+            )
+        self.output, self.target = output, target
+        self.labels_getter, self.seed, self.epoch = labels_getter, seed, 0
+        self._transform, self._labeler, self._after = transform, labeler, after
+        self._unconverged = unconverged
+        self._largest = 0  # batch that was mixed so far
+        self._token = ""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other partners and weights than in other epochs."""
+        self.epoch = epoch
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where mixing runs and its results live; None: where the pictures are."""
+        return None if self._labeler is None else self._labeler.device
+
+    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> MixResult:
+        """Mix and label pictures (B, C, H, W); results are on the teacher's device."""
+        with torch.inference_mode(False), torch.no_grad():
+            device = self.device or images.device
+            images = check_images(images.to(device))
+            if labels is not None:
+                labels = check_labels(labels.to(device), len(images))
+            if self._transform is None:
+                return self._label(images, labels)
+            if isinstance(self._transform, BatchMix):
+                result = self._ours(self._transform, images, labels, ids)
+            else:
+                result = self._foreign(self._transform, images, labels, ids)
+            result = self._finish(result)
+            return self._drop(result) if self._unconverged == "drop" else result
+
+    def _ours(
+        self, transform: BatchMix, images: Tensor, labels: Tensor | None, ids: Tensor
+    ) -> MixResult:
+        if len(images) < transform.k and self._largest == 0:
+            raise ValueError(
+                f"expected batches of at least k={transform.k} pictures, got {len(images)} in the "
+                "first one. Use a larger batch_size or a smaller k; only the last batch of an "
+                "epoch may be short, and is then handed on unmixed."
+            )
+        self._largest = max(self._largest, len(images))
+        seed = self.seed if transform.seed is None else transform.seed
+        redraws = REDRAWS if self._unconverged == "redraw" else 0
+        return transform.mix(images, labels, Draw(seed, self.epoch, ids), redraws=redraws)
+
+    def _foreign(
+        self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
+    ) -> MixResult:
+        """Somebody else's transform: it draws from torch's global generator, put back after it."""
+        draw = Draw(self.seed, self.epoch, ids)
+        with _seeded(draw.digest(3, *ids.tolist()), images.device):
+            output = transform(images, labels) if labels is not None else transform(images)
+        pictures, targets = output if labels is not None else (output, None)
+        itself = torch.arange(len(pictures), device=images.device)[:, None]
+        masks = pictures.new_ones((len(pictures), 1, *pictures.shape[2:]), dtype=torch.float32)
+        mixed = Mixed.unsearched(pictures, itself, masks, Outcome.CONVERGED)
+        if targets is not None and targets.ndim == 1:
+            targets = None  # it left class indices as they were: those of the originals
+        return MixResult(images, labels, None, mixed, None, targets, traced=False)
+
+    def _label(self, images: Tensor, labels: Tensor | None) -> MixResult:
+        assert self._labeler is not None
+        teacher = self._labeler(images)
+        if labels is not None:
+            check_labels(labels, len(images), teacher.num_classes)
+        return MixResult(images, labels, teacher, None, None, teacher.probs)
+
+    def _finish(self, result: MixResult) -> MixResult:
+        """`after=`, and whatever labels the transform has not given."""
+        mixed, labeler = result.mixed, self._labeler
+        assert mixed is not None
+        if self._after is not None:
+            images = self._after(mixed.images)
+            if images.shape != mixed.images.shape or images.dtype != mixed.images.dtype:
+                raise ValueError(
+                    f"after: expected pictures {tuple(mixed.images.shape)} {mixed.images.dtype} "
+                    f"back, got {tuple(images.shape)} {images.dtype}. Dtype and size have to stay; "
+                    "change them in the data set's transform."
+                )
+            result = result._replace(mixed=replace(mixed, images=images))
+        if labeler is None:
+            return result
+        if self._after is not None or result.mixed_teacher is None:
+            assert result.mixed is not None
+            label = labeler(result.mixed.images)  # the teacher labels what is handed out
+            result = result._replace(mixed_teacher=label, targets=label.probs)
+        if result.teacher is None:
+            teacher = labeler(result.images)
+            if result.labels is not None:
+                check_labels(result.labels, len(result.images), teacher.num_classes)
+            result = result._replace(teacher=teacher)
+        return result
+
+    def _drop(self, result: MixResult) -> MixResult:
+        assert result.mixed is not None
+        outcome = result.mixed.outcome
+        rows = ((outcome == Outcome.CONVERGED) | (outcome == Outcome.UNMIXED)).nonzero().flatten()
+        label, targets = result.mixed_teacher, result.targets
+        return result._replace(
+            mixed=result.mixed[rows],
+            mixed_teacher=None if label is None else label[rows],
+            targets=None if targets is None else targets[rows],
+        )
+
+
+class SuperMixCollate(_BatchMixer):
+    """A ``collate_fn`` whose batches carry mixes and the teacher's labels beside the originals.
+
+    ``DataLoader(dataset, 128, num_workers=8, collate_fn=SuperMixCollate(teacher))`` yields
+    `MixBatch`. Under Accelerate, prepare that loader as usual. Build it in the process that
+    iterates: a teacher does not travel.
+
+    Args:
+        teacher: as for `SuperMix`; None where `mix` needs none.
+        k: images a mix.
+        alpha: concentration of the Dirichlet weights.
+        partners: ``"random"`` or ``"matched"``.
+        partner_cap: how often a picture may be a partner (matched).
+        settings: the solver's.
+        mix: another transform of ``(images, labels)``, in the place of SuperMix: `MixUp`, `CutMix`,
+            ``v2.RandomChoice([...])``. The teacher then labels its result; k, alpha, partners and
+            settings are the transform's own.
+        after: transform of the mixed pictures, before the teacher labels them; size and dtype stay.
+        output: what a batch's ``.to(device)`` returns: ``"batch"`` the `MixBatch`; ``"tuple"``
+            ``(mixed, targets)``; ``"concat"`` originals and mixes in one, ``(2B images, 2B
+            targets)``; ``"dict"`` ``{"pixel_values", "labels"}``.
+        target: ``"soft"``, the teacher's probabilities, or ``"hard"``, its class.
+        unconverged: ``"keep"`` mixes the teacher does not see all classes in, ``"drop"`` them (a
+            batch then has fewer mixes than originals, at worst none), or ``"redraw"`` them, at most
+            twice, and keep what still fails.
+        collate: stacks the samples.
+        labels_getter: finds the labels in the stacked batch; None where there are none.
+        seed: of all draws, with the epoch (`set_epoch`) and the samples' identities.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        k: int = 2,
+        alpha: float = 3.0,
+        partners: Literal["random", "matched"] = "random",
+        partner_cap: int = 2,
+        settings: SolverSettings = SolverSettings(),
+        mix: Callable[..., Any] | None = None,
+        after: Callable[..., Any] | None = None,
+        output: OutputForm = "batch",
+        target: TargetForm = "soft",
+        unconverged: Unconverged = "keep",
+        collate: Callable[[list[Any]], Any] = default_collate,
+        labels_getter: LabelsGetter = "default",
+        seed: int = 0,
+    ) -> None:
+        labeler = None if teacher is None else as_labeler(teacher)
+        if mix is None:
+            if labeler is None:
+                raise ValueError(
+                    "teacher: expected a module or callable, got None. Pass a teacher, or a mix= "
+                    "that needs none, such as MixUp(num_classes=10)."
+                )
+            mix = SuperMix(
+                labeler,
+                k=k,
+                alpha=alpha,
+                partners=partners,
+                partner_cap=partner_cap,
+                settings=settings,
+            )
+        super().__init__(
+            mix,
+            labeler or getattr(mix, "teacher", None),
+            after,
+            output,
+            target,
+            unconverged,
+            labels_getter,
+            seed,
+        )
+        self.collate = collate
+        self._enlist()
+
+    def __call__(self, samples: list[Any]) -> MixBatch:
+        """Stack samples; nothing is mixed yet."""
+        refuse_dispatch(self)
+        try:
+            batch = self.collate(samples)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the samples could not be stacked: {error}. Expected tensors of one size; add "
+                "v2.ToImage() and v2.Resize or v2.RandomResizedCrop to the data set's transform, "
+                "or pass collate=."
+            ) from error
+        images, labels, extra = split_batch(batch, self.labels_getter)
+        return MixBatch(
+            images.detach(),  # what requires grad can not leave a worker
+            labels,
+            ids=identities(images, sample_keys(batch)),
+            extra=extra,
+            mixer=self if self._transform is not None else None,
+            token=self._token,
+        )
+
+    def _enlist(self) -> None:
+        self._token = uuid.uuid4().hex
+        register(self._token, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what a worker needs to stack; the teacher stays behind, and with it all that mixes
+        return {**vars(self), "_transform": None, "_labeler": None, "_after": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SuperMixCollate":
+        twin = object.__new__(SuperMixCollate)
+        vars(twin).update(vars(self))  # the teacher is shared
+        twin._transform = copy.deepcopy(self._transform, memo)
+        twin._enlist()
+        return twin
+
+
+class MixLoader(_BatchMixer):
+    """A wrapper around any loader of stacked batches: mixes them, or only labels them.
+
+    Around a DataLoader, a loader that Accelerate prepared, a ``wds.WebLoader``, a timm loader. It
+    never reads ahead, so gradient accumulation under Accelerate stays right; prepare the loader
+    inside, not the wrapper.
+
+    Args:
+        loader: yields ``(images, labels, ...)`` or mappings.
+        mix: a transform of ``(images, labels)``: `SuperMix`, `MixUp`, ``v2.RandomChoice([...])``.
+        labeler: labels originals and mixes; by default the teacher of `mix`.
+        after: as for `SuperMixCollate`.
+        output: as for `SuperMixCollate`, but the loader yields that form itself.
+        target: as for `SuperMixCollate`.
+        unconverged: as for `SuperMixCollate`.
+        labels_getter: as for `SuperMixCollate`.
+        seed: as for `SuperMixCollate`.
+
+    Raises:
+        ValueError: if there is neither a transform nor a labeler.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        mix: Callable[..., Any] | None = None,
+        *,
+        labeler: TeacherLabeler | None = None,
+        after: Callable[..., Any] | None = None,
+        output: OutputForm = "batch",
+        target: TargetForm = "soft",
+        unconverged: Unconverged = "keep",
+        labels_getter: LabelsGetter = "default",
+        seed: int = 0,
+    ) -> None:
+        if mix is None and labeler is None:
+            raise ValueError(
+                "MixLoader: expected mix= or labeler=, got neither. Pass SuperMix(teacher) to mix, "
+                "or labeler=TeacherLabeler(teacher) to label only."
+            )
+        if mix is None and after is not None:
+            raise ValueError("after: expected mixes to transform, got no mix=. Pass mix=, too.")
+        given = getattr(mix, "teacher", None) if labeler is None else as_labeler(labeler)
+        super().__init__(mix, given, after, output, target, unconverged, labels_getter, seed)
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if isinstance(batch, MixBatch):
+                raise ValueError(
+                    "MixLoader: expected plain batches, got a MixBatch. The loader has a "
+                    "SuperMixCollate already: iterate over it directly."
+                )
+            images, labels, extra = split_batch(batch, self.labels_getter)
+            mix_batch = MixBatch(
+                images,
+                labels,
+                ids=identities(images, sample_keys(batch)),
+                extra=extra,
+                mixer=self,
+            )
+            yield mix_batch.to(self.device or images.device)
+
+    def __len__(self) -> int:
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"{type(self.loader).__name__} has no length.")
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew, and tell the loader inside, if it wants to know."""
+        super().set_epoch(epoch)
+        inner = getattr(self.loader, "set_epoch", None)
+        if callable(inner):
+            inner(epoch)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+        yield

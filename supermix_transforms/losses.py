@@ -1,0 +1,95 @@
+"""Losses of the mixing problem and of the student that learns from its mixes.
+
+Source: SuperMix (Dabouei et al., CVPR 2021), sections 3.1 and 3.2. Everything is computed in
+float32, so bf16 and fp16 logits are safe.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["kd_loss", "kl_divergence", "mixing_objective", "sparsity", "supermix_loss"]
+
+
+def sparsity(masks: Tensor) -> Tensor:
+    """Eq. 5: how far masks (B, k, H, W) in [0, 1] are from owning each pixel alone, (B,).
+
+    0 where every pixel belongs to one image, ``(k - 1) / k**2`` where all share evenly.
+    """
+    return (masks * (1 - masks)).mean(dim=(1, 2, 3))
+
+
+def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """``sum_c targets_c * log(targets_c / softmax(logits)_c)`` of each row, (B, N), (B, N) -> (B,).
+
+    The paper writes ``KL(f || y)``, which is infinite wherever the target is 0; the order used here
+    is the finite one, and the one of the authors' code.
+    """
+    log_probs = logits.float().log_softmax(dim=1)
+    return F.kl_div(log_probs, targets.float(), reduction="none").sum(dim=1)
+
+
+def mixing_objective(logits: Tensor, targets: Tensor, masks: Tensor, *, lambda_s: float) -> Tensor:
+    """Eq. 3 without its roughness term, ``KL + lambda_s * L_s`` of each row, (B,).
+
+    The smooth projection (Eq. 7) takes the place of the roughness term (section 3.1).
+
+    Args:
+        logits: the teacher's for the mixed images, (B, N).
+        targets: Eq. 2, probabilities (B, N).
+        masks: (B, k, H, W), in [0, 1].
+        lambda_s: weight of the sparsity term; the paper uses 25.
+    """
+    return kl_divergence(logits, targets) + lambda_s * sparsity(masks)
+
+
+def supermix_loss(
+    logits: Tensor, labels: Tensor, mixed_logits: Tensor, mixed_targets: Tensor
+) -> Tensor:
+    """Eq. 9: cross-entropy of the originals plus cross-entropy of the mixes, a scalar.
+
+    Args:
+        logits: the student's for the originals, (B, N).
+        labels: class indices (B,) int64, or probabilities (B, N).
+        mixed_logits: the student's for the mixes, (M, N). With M = 0 their term is 0.
+        mixed_targets: the teacher's label of the mixes: indices (M,), or probabilities (M, N).
+
+    Example:
+        >>> logits = torch.zeros(2, 4)
+        >>> labels = torch.tensor([0, 1])
+        >>> supermix_loss(logits, labels, logits, torch.full((2, 4), 0.25))
+        tensor(2.7726)
+    """
+    originals = F.cross_entropy(logits.float(), labels)
+    if len(mixed_logits) == 0:  # unconverged="drop" can leave none; a mean over no rows is NaN
+        return originals + mixed_logits.float().sum()
+    return originals + F.cross_entropy(mixed_logits.float(), mixed_targets)
+
+
+def kd_loss(
+    logits: Tensor,
+    teacher_probs: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.1,
+) -> Tensor:
+    """Eq. 8, a scalar: ``(1 - weight) H(student, y) + weight * tau**2 * H(teacher, student)``.
+
+    Args:
+        logits: the student's, (B, N).
+        teacher_probs: softmax of the teacher's logits *at the same temperature*, (B, N).
+        labels: class indices (B,) int64, or probabilities (B, N).
+        temperature: tau; the factor ``tau**2`` is applied here, once.
+        weight: the paper's lambda_KD.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+
+    Example:
+        >>> kd_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        tensor(1.7329)
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}.")
+    soft = F.cross_entropy(logits.float() / temperature, teacher_probs.float())
+    return (1 - weight) * F.cross_entropy(logits.float(), labels) + weight * temperature**2 * soft

@@ -1,0 +1,298 @@
+"""From a batch to mixes: whom to mix with whom, by which weights, and the mixing itself.
+
+Draws come from (seed, epoch, sample identities) on the CPU: the same for any number of workers,
+ranks or batches before this one.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supermix_transforms.batch import ClassMaps, Mixed, Outcome, check_images
+from supermix_transforms.solver import SolverSettings, margins, solve
+from supermix_transforms.teacher import as_labeler
+
+__all__ = [
+    "Draw",
+    "check_k",
+    "draw_ring",
+    "draw_weights",
+    "generator",
+    "match_partners",
+    "soft_targets",
+    "supermix",
+    "unmixed",
+]
+
+
+class Draw(NamedTuple):
+    """What all random choices for a batch depend on."""
+
+    seed: int
+    epoch: int
+    ids: Tensor  # (B,) int64, identities of the samples
+    attempt: int = 0  # of redrawing tuples that did not converge
+
+    def digest(self, *values: int) -> int:
+        """64 bits that depend on the draw's seed, epoch and attempt, and on `values`."""
+        numbers = [v & 0xFFFFFFFFFFFFFFFF for v in (self.seed, self.epoch, self.attempt, *values)]
+        packed = struct.pack(f"<{len(numbers)}Q", *numbers)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def generator(draw: Draw, ids: Sequence[int], purpose: int) -> np.random.Generator:
+    """A stream of random numbers of its own for the samples `ids` and one purpose."""
+    return np.random.Generator(np.random.Philox(key=draw.digest(purpose, *ids)))
+
+
+def draw_ring(draw: Draw, classes: Tensor | None, k: int) -> Tensor:
+    """Random tuples: each sample with its next k - 1 neighbours in a ring, (B, k) int64.
+
+    The ring is ordered by hash(seed, epoch, identity), so it does not depend on places in the
+    batch; k samples in a row have different classes wherever the batch allows it.
+
+    Args:
+        draw: seed, epoch and the B identities.
+        classes: (B,) int64, or None if they are not known.
+        k: images a tuple, at most B.
+
+    Returns:
+        Rows of the batch; row i starts with i.
+    """
+    ids = draw.ids.tolist()
+    ring = sorted(range(len(ids)), key=lambda row: (draw.digest(0, ids[row]), row))
+    if classes is not None:
+        ring = _separate(ring, classes.tolist(), k)
+    order = torch.tensor(ring)
+    tuples = torch.stack([order.roll(-i) for i in range(k)], dim=1)  # row j starts with ring[j]
+    return tuples[order.argsort()]
+
+
+def _separate(ring: list[int], classes: list[int], k: int) -> list[int]:
+    """A ring in which classes within k places differ: by few swaps, else by dealing the classes."""
+    count, ring = len(ring), list(ring)
+    reach = range(1, min(k, count))
+
+    def clashes(place: int) -> int:
+        own = classes[ring[place]]
+        return sum(
+            (classes[ring[(place + d) % count]] == own) + (classes[ring[place - d]] == own)
+            for d in reach
+        )
+
+    for place in range(count):
+        if not clashes(place):
+            continue
+        for other in (o % count for o in range(place + 1, place + count)):
+            before = clashes(place) + clashes(other)
+            ring[place], ring[other] = ring[other], ring[place]
+            if clashes(place) + clashes(other) < before:
+                break
+            ring[place], ring[other] = ring[other], ring[place]
+        # a swap may help without curing; what is left is dealt with below
+    if not any(map(clashes, range(count))):
+        return ring
+    # Deal the classes, most frequent first, to every k-th place: right whenever k divides the
+    # count and no class has more than its k-th part.
+    sizes: dict[int, int] = {}
+    for row in ring:
+        sizes[classes[row]] = sizes.get(classes[row], 0) + 1
+    first = {label: place for place, label in reversed(list(enumerate(classes[r] for r in ring)))}
+    dealt = sorted(ring, key=lambda row: (-sizes[classes[row]], first[classes[row]]))
+    places = [place for start in range(k) for place in range(start, count, k)]
+    swapped, ring = ring, [0] * count
+    for place, row in zip(places, dealt, strict=True):
+        ring[place] = row
+    fewer = sum(map(clashes, range(count)))
+    dealt_ring, ring = ring, swapped
+    return dealt_ring if fewer < sum(map(clashes, range(count))) else swapped
+
+
+def draw_weights(draw: Draw, sources: Tensor, alpha: float) -> Tensor:
+    """Mixing weights Dirichlet(alpha) of each tuple, from its identities: (M, k) float32."""
+    tuples = draw.ids[sources].tolist()
+    k = sources.shape[1]
+    rows = [generator(draw, ids, purpose=1).dirichlet([alpha] * k) for ids in tuples]
+    return torch.from_numpy(np.asarray(rows, dtype=np.float32).reshape(-1, k))
+
+
+def match_partners(maps: ClassMaps, classes: Tensor, k: int, *, cap: int = 2) -> Tensor:
+    """Tuples that are easy to mix, read from the class maps without a teacher call, (B, k) int64.
+
+    For each pair, every cell is given to the picture that says more for the pair's two classes;
+    the margin of the two classes in that surrogate mix is the pair's score. An assignment then
+    gives each picture a partner (for k > 2 one after the other, by the sum of its scores), none
+    more than `cap` times in each of the k - 1 places.
+
+    Args:
+        maps: class maps of the B pictures.
+        classes: the teacher's, (B,) int64.
+        k: images a tuple, at most B.
+        cap: how often a picture may be a partner.
+
+    Returns:
+        Rows of the batch; row i starts with i.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    scores = _pair_margins(maps, classes).double().cpu()
+    same = (classes[:, None] == classes[None, :]).cpu()
+    barred = torch.eye(len(classes), dtype=torch.bool)
+    sources = torch.arange(len(classes))[:, None]
+    for _ in range(1, k):
+        total = scores[sources].sum(dim=1)  # (B, B): candidate j for the tuple of i
+        # a class twice in a tuple is a last resort, the same picture twice is none
+        total = total - 1e6 * same[sources].any(dim=1) - 1e12 * barred
+        _, columns = linear_sum_assignment(total.repeat(1, cap).numpy(), maximize=True)
+        partner = torch.from_numpy(columns) % len(classes)
+        sources = torch.cat([sources, partner[:, None]], dim=1)
+        barred = barred.scatter(1, partner[:, None], True)
+    return sources.to(classes.device)
+
+
+def _pair_margins(maps: ClassMaps, classes: Tensor) -> Tensor:
+    """Margin of each pair's two classes in the better hard partition of its cells, (B, B)."""
+    shares = maps.maps().flatten(2)  # (B, N, hw)
+    count, num_classes, cells = shares.shape
+    own = shares.transpose(1, 2)[:, :, classes].permute(0, 2, 1)  # (i, j, hw): A_i[y_j]
+    says = own.diagonal(dim1=0, dim2=1).T[:, None] + own  # A_i[y_i] + A_i[y_j]
+    mine = (says >= says.transpose(0, 1)).float()  # (i, j, hw): the cell goes to i
+    rows = []
+    for i in range(count):
+        from_i = mine[i] @ shares[i].T  # (j, N)
+        from_j = torch.bmm(shares, (1 - mine[i])[:, :, None])[:, :, 0]
+        logits = (from_i + from_j) / cells + maps.bias
+        members = torch.zeros(count, num_classes, dtype=torch.bool, device=logits.device)
+        members[:, classes[i]] = True
+        rows.append(margins(logits, members.scatter(1, classes[:, None], True)))
+    return torch.stack(rows)
+
+
+def soft_targets(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Eq. 2: the sources' labels, weighted.
+
+    Args:
+        weights: (M, k), rows sum to 1.
+        labels: of the sources, class indices (M, k) or probabilities (M, k, N).
+        num_classes: N.
+
+    Returns:
+        (M, N) float32; weights of equal classes are added.
+    """
+    if labels.ndim == 3:
+        return torch.einsum("mk,mkn->mn", weights, labels.float())
+    return weights.new_zeros(len(weights), num_classes).scatter_add(1, labels, weights)
+
+
+def supermix(
+    images: Tensor,
+    teacher: Any,
+    *,
+    sources: Tensor,
+    weights: Tensor,
+    settings: SolverSettings = SolverSettings(),
+    originals: Tensor | None = None,
+    maps: ClassMaps | None = None,
+) -> Mixed:
+    """Mix tuples of pictures so that the teacher sees all k classes in each mix (Algorithm 1).
+
+    Args:
+        images: (P, C, H, W), uint8 or floating, on the teacher's device.
+        teacher: a module or callable images -> logits, a list of them, or a `TeacherLabeler`.
+        sources: (M, k) int64, rows of `images`; any M.
+        weights: (M, k), r of Eq. 2; rows sum to 1.
+        settings: method and values.
+        originals: the teacher's logits of `images`, (P, N), if they are known; `maps` is then used
+            as it is given. Both come from one ``TeacherLabeler.examine(images)``.
+        maps: class maps of `images`.
+
+    Returns:
+        `Mixed` of M rows.
+
+    Raises:
+        ValueError: for pictures, sources or weights that do not fit, or on another device than the
+            teacher.
+    """
+    labeler = as_labeler(teacher)
+    images = check_images(images)
+    if labeler.device is not None and images.device != labeler.device:
+        raise ValueError(
+            f"images: expected pictures on the teacher's device {labeler.device}, got "
+            f"{images.device}. Move them (images.to({str(labeler.device)!r})), or the teacher."
+        )
+    sources, weights = _check_tuples(sources, weights, len(images), images.device)
+    with torch.inference_mode(False), labeler.ready():
+        if originals is None:
+            originals, maps = labeler.examine(images)
+        if originals.ndim != 2 or len(originals) != len(images):
+            raise ValueError(
+                f"originals: expected logits ({len(images)}, N) of {len(images)} pictures, got "
+                f"{tuple(originals.shape)}. Pass TeacherLabeler.examine(images)[0], or None."
+            )
+        originals = originals.clone() if originals.is_inference() else originals
+        maps = maps and ClassMaps(*(t.clone() if t.is_inference() else t for t in maps))
+        mixed = solve(
+            images,
+            labeler.logits,
+            sources=sources,
+            weights=weights,
+            originals=originals,
+            settings=settings,
+            maps=maps,
+        )
+    mixed.forwards.add_(len(images) / max(1, len(mixed)))  # the originals' own forward
+    return mixed
+
+
+def unmixed(images: Tensor, k: int) -> Mixed:
+    """The originals as they are, for a batch that is too small to mix."""
+    count, (height, width) = len(images), images.shape[-2:]
+    masks = torch.zeros(count, k, height, width, device=images.device)
+    masks[:, 0] = 1
+    sources = torch.arange(count, device=images.device)[:, None].repeat(1, k)
+    return Mixed.unsearched(images, sources, masks, Outcome.UNMIXED)
+
+
+def check_k(k: object, alpha: object) -> None:
+    """Raise a ValueError unless k is an integer of at least 2 and alpha a positive number."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 2:
+        raise ValueError(f"k: expected an integer of at least 2 images a mix, got {k!r}.")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        raise ValueError(
+            f"alpha: expected a positive number, Dirichlet(alpha)'s concentration, got {alpha!r}."
+        )
+
+
+def _check_tuples(
+    sources: Tensor, weights: Tensor, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if sources.ndim != 2 or sources.shape[1] < 2 or sources.is_floating_point():
+        raise ValueError(
+            f"sources: expected indices (M, k) with k of at least 2, got {sources.dtype} "
+            f"{tuple(sources.shape)}. Each row names the pictures of one mix."
+        )
+    if len(sources) == 0 or sources.min() < 0 or sources.max() >= count:
+        span = f"{int(sources.min())}..{int(sources.max())}" if len(sources) else "no row"
+        raise ValueError(f"sources: expected rows of {count} pictures, 0..{count - 1}, got {span}.")
+    if weights.shape != sources.shape:
+        raise ValueError(
+            f"weights: expected one for each source, {tuple(sources.shape)}, got "
+            f"{tuple(weights.shape)}."
+        )
+    weights = weights.float()
+    if not bool(((weights >= 0).all()) & ((weights.sum(dim=1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "weights: expected numbers of at least 0 whose rows sum to 1, got rows summing to "
+            f"{weights.sum(dim=1)[:4].tolist()}. Divide each row by its sum."
+        )
+    with torch.inference_mode(False):
+        sources, weights = sources.to(device).long(), weights.to(device)
+        return (
+            sources.clone() if sources.is_inference() else sources,
+            weights.clone() if weights.is_inference() else weights,
+        )

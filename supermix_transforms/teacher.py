@@ -1,0 +1,393 @@
+"""The teacher: any module or callable from images to logits, asked politely.
+
+It is run in eval mode and put back as it was, never trained, never registered as a submodule. One
+forward of the originals gives their logits, and, where the logits are linear in an averaged feature
+map, the class maps from which the fast solver starts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supermix_transforms.batch import ClassMaps, TeacherLabels, check_images
+
+__all__ = ["TeacherLabeler", "as_labeler"]
+
+
+class TeacherLabeler:
+    """Soft and hard labels from one teacher, or from the mean probability of several.
+
+    Args:
+        teacher: a module or callable, images (B, C, H, W) -> logits (B, N) or an object with
+            ``.logits``; or a list of them. Members of a list may be labelers with their own
+            normalisation.
+        mean: per channel, of pictures in 0..1; subtracted before the teacher.
+        std: per channel; divides after the mean.
+        size: side in pixels, or (height, width), that pictures are resized to for the teacher only.
+        temperature: of the probabilities, > 0.
+        top: keep the n largest probabilities of each label (float16) instead of all N.
+        dtype: of autocast. None is float32 on the CPU and bfloat16 on CUDA. The classes of
+            originals are always read in float32: 0.7 % of pictures change class in bfloat16.
+        device: where pictures are sent; None is where the teacher's weights are.
+
+    uint8 pictures are given to the teacher as float in 0..1, floating ones as they come.
+
+    Raises:
+        TypeError: if a teacher is neither a module nor a callable.
+        ValueError: for settings out of range, and for weights made under inference mode.
+
+    Example:
+        >>> labeler = TeacherLabeler(lambda images: images.mean(dim=(2, 3)))
+        >>> labeler(torch.zeros(4, 3, 8, 8)).probs[0]
+        tensor([0.3333, 0.3333, 0.3333])
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        size: int | tuple[int, int] | None = None,
+        temperature: float = 1.0,
+        top: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}.")
+        if top is not None and top < 1:
+            raise ValueError(f"top: expected at least 1 class, or None for all, got {top}.")
+        if (mean is None) != (std is None):
+            raise ValueError(f"expected mean and std together, got mean={mean} and std={std}.")
+        self.temperature, self.top = temperature, top
+        teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+        if not teachers:
+            raise ValueError("teacher: expected at least one, got an empty list.")
+        members: list[_Member] = []
+        for each in teachers:
+            if isinstance(each, TeacherLabeler):
+                members.extend(each._alive())
+            else:
+                members.append(_Member(each, mean, std, size, dtype, device))
+        self._members: tuple[_Member, ...] | None = tuple(members)
+
+    def __call__(self, images: Tensor) -> TeacherLabels:
+        """Labels of pictures (B, C, H, W), uint8 or floating, on the teacher's device."""
+        with torch.no_grad():
+            return self.label(self.logits(self.prepare(images)))
+
+    def label(self, logits: Tensor) -> TeacherLabels:
+        """Labels of logits (B, N), at this labeler's temperature and top."""
+        return TeacherLabels.from_logits(logits, temperature=self.temperature, top=self.top)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (B, N) float32, differentiable in the pictures; what the solver calls.
+
+        Several teachers give the logarithm of their mean probability.
+        """
+        answers = [member(images) for member in self._alive()]
+        if len(answers) == 1:
+            return answers[0]
+        widths = sorted({answer.shape[1] for answer in answers})
+        if len(widths) > 1:
+            raise ValueError(
+                f"teacher: expected the same number of classes from all, got {widths}. "
+                "Mean probabilities need teachers of one data set."
+            )
+        log_probs = torch.stack([answer.log_softmax(dim=1) for answer in answers])
+        return log_probs.logsumexp(dim=0) - torch.tensor(float(len(answers))).log().item()
+
+    @torch.no_grad()
+    def examine(self, images: Tensor) -> tuple[Tensor, ClassMaps | None]:
+        """One float32 forward of the originals: logits (B, N), and class maps if there are any."""
+        members = self._alive()
+        images = self.prepare(images)
+        if len(members) == 1:
+            return members[0].examine(images)
+        with _full_precision(images.device):
+            return self.logits(images), None
+
+    def class_maps(self, images: Tensor) -> ClassMaps | None:
+        """Last feature maps and the classifier over their average, or None.
+
+        Found by hooks and verified numerically on the first batch: None for lists, plain callables,
+        and modules whose logits are not linear in an averaged feature map.
+        """
+        return self.examine(images)[1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Pictures checked and moved to the teacher's device."""
+        images = check_images(images)
+        return images if self.device is None else images.to(self.device)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the teacher runs; None for a callable that takes pictures where they are."""
+        return self._alive()[0].device
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Eval mode for many calls at once; training flags are put back at the end."""
+        with _evaluating([member.module for member in self._alive()]):
+            yield
+
+    def _alive(self) -> "tuple[_Member, ...]":
+        if self._members is None:
+            raise RuntimeError(
+                "this teacher was pickled, and a teacher does not travel between processes. Build "
+                "the transform or collate in the process that mixes."
+            )
+        return self._members
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherLabeler":
+        return self  # shared: v2.Compose and others are deep-copied freely, a teacher is not
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_members": None}
+
+    def __repr__(self) -> str:
+        names = "a pickled teacher"
+        if self._members is not None:
+            names = ", ".join(map(repr, self._members))
+        return f"TeacherLabeler({names}, temperature={self.temperature}, top={self.top})"
+
+
+def as_labeler(teacher: Any) -> TeacherLabeler:
+    """`teacher` itself if it is a labeler, else a labeler with default settings around it."""
+    return teacher if isinstance(teacher, TeacherLabeler) else TeacherLabeler(teacher)
+
+
+class _Head(NamedTuple):
+    """Where the averaged feature map passes, and the linear layer over its average."""
+
+    place: nn.Module
+    is_input: bool  # the map is what `place` is given, not what it returns
+    classifier: nn.Linear | nn.Conv2d | None  # None: the averaged map is the logits
+
+
+class _Member:
+    """One teacher with its preprocessing."""
+
+    def __init__(
+        self,
+        teacher: Any,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        size: int | tuple[int, int] | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        if not callable(teacher):
+            raise TypeError(
+                f"teacher: expected a module or a callable from images to logits, got "
+                f"{type(teacher).__name__}. Pass the model itself, or a list of models."
+            )
+        self.teacher: Callable[[Tensor], Any] = teacher
+        self.module = teacher if isinstance(teacher, nn.Module) else None
+        self.size = (size, size) if isinstance(size, int) else size
+        self.dtype = dtype
+        self._mean, self._std = mean, std
+        self._device = None if device is None else torch.device(device)
+        self._channels_last = True
+        self._head: _Head | None = None
+        self._searched = False
+        tensors = [] if self.module is None else [*self.module.parameters(), *self.module.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
+            raise ValueError(
+                "teacher: expected ordinary weights, got inference tensors, through which no "
+                "gradient can pass. Build or load the teacher outside torch.inference_mode()."
+            )
+
+    def __repr__(self) -> str:
+        name = getattr(self.teacher, "__name__", type(self.teacher).__name__)
+        return f"{name}(mean={self._mean}, std={self._std}, size={self.size})"
+
+    @property
+    def device(self) -> torch.device | None:
+        if self._device is not None or self.module is None:
+            return self._device
+        return next((tensor.device for tensor in self.module.parameters()), None)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, N) float32 of pictures (B, C, H, W)."""
+        images = self._preprocess(images)
+        with _evaluating([self.module]), self._precision(images.device):
+            logits = self._run(images)
+        return logits.float()
+
+    def examine(self, images: Tensor) -> tuple[Tensor, ClassMaps | None]:
+        """One float32 forward: logits (B, N) and class maps, searched for on the first batch."""
+        images = self._preprocess(images)
+        with _evaluating([self.module]), _full_precision(images.device):
+            if not self._searched and self.module is not None:
+                self._head = _find_head(self.module, self._run, images[:4])
+            self._searched = True
+            if self._head is None:
+                return self._run(images).float(), None
+            seen: list[Tensor] = []
+            with _watching(self._head.place, self._head.is_input, seen.append):
+                logits = self._run(images).float()
+        return logits, _class_maps(self._head, seen[-1])
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if dtype == torch.float32:
+            return _full_precision(device)
+        return torch.autocast(device.type, dtype=dtype)
+
+    def _preprocess(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            images = images.float() / 255
+        if self._mean is not None and self._std is not None:
+            if images.shape[1] not in (len(self._mean), 1) and len(self._mean) != 1:
+                raise ValueError(
+                    f"teacher: expected pictures of {len(self._mean)} channels, as its mean has, "
+                    f"got {images.shape[1]}. Convert them (v2.RGB()), or pass another mean and std."
+                )
+            mean, std = (
+                torch.tensor(value, dtype=torch.float32, device=images.device)[:, None, None]
+                for value in (self._mean, self._std)
+            )
+            images = (images - mean) / std
+        if self.size is not None and images.shape[-2:] != self.size:
+            images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
+        return images
+
+    def _run(self, images: Tensor) -> Tensor:
+        """The teacher's answer as a tensor (B, N)."""
+        if self.module is not None:
+            weights = next(self.module.parameters(), None)
+            if weights is not None and weights.is_floating_point():
+                images = images.to(weights.dtype)
+            if self._channels_last:  # convolutions take half the time on the CPU
+                try:
+                    return self._answer(images.contiguous(memory_format=torch.channels_last))
+                except RuntimeError as error:
+                    if "view" not in str(error):
+                        raise
+                    self._channels_last = False  # it calls .view on a feature map
+        return self._answer(images)
+
+    def _answer(self, images: Tensor) -> Tensor:
+        answer = self.teacher(images)
+        if isinstance(answer, dict) and "logits" in answer:
+            answer = answer["logits"]
+        answer = getattr(answer, "logits", answer)
+        if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(images):
+            got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise ValueError(
+                f"teacher: expected logits ({len(images)}, N) for {len(images)} pictures, or an "
+                f"object with .logits, got {got}. Wrap it: lambda images: model(images)[0]."
+            )
+        return answer
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module | None]) -> Iterator[None]:
+    """Eval mode inside; each submodule's own training flag afterwards, whatever happened."""
+    present = [module for module in modules if module is not None]
+    training = [part for module in present for part in module.modules() if part.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, whatever the reader of a batch has switched on."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _watching(module: nn.Module, is_input: bool, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand what passes through `module` to `see`; the hook is gone afterwards."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        value = inputs[0] if is_input and inputs else output
+        if isinstance(value, Tensor):
+            see(value)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _find_head(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> _Head | None:
+    """The last feature map whose spatial mean is what the classifier reads, if there is one.
+
+    Every tensor that enters or leaves a module is compared with the classifier's input, by value:
+    no architecture is looked up by name. The tensors are kept by reference until the forward is
+    over, so a map that an in-place activation changes afterwards is seen as the classifier saw it.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return None  # its forward takes no hooks
+    seen: list[tuple[nn.Module, bool, Tensor]] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for is_input, value in ((True, inputs[0] if inputs else None), (False, output)):
+            if isinstance(value, Tensor) and len(value) == len(images) and value.ndim in (2, 4):
+                seen.append((module, is_input, value))
+
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        logits = run(images).float()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    heads: list[tuple[nn.Linear | nn.Conv2d | None, Tensor]] = []  # classifiers with their input
+    inputs = {module: value for module, is_input, value in seen if is_input}
+    for module, is_input, value in reversed(seen):
+        if is_input or not isinstance(module, (nn.Linear, nn.Conv2d)) or module not in inputs:
+            continue
+        one_by_one = not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1)
+        if one_by_one and _close(value.flatten(1), logits):
+            heads.append((module, inputs[module].flatten(1)))
+            break
+    heads.append((None, logits))  # a fully convolutional net averages its class maps themselves
+
+    for classifier, average in heads:
+        for place, is_input, value in reversed(seen):
+            if value.ndim == 4 and value.shape[2] * value.shape[3] > 1:
+                head = _Head(place, is_input, classifier)
+                if _close(value.float().mean(dim=(2, 3)), average) and _explains(
+                    _class_maps(head, value), logits
+                ):
+                    return head
+    return None
+
+
+def _class_maps(head: _Head, features: Tensor) -> ClassMaps:
+    features = features.float()
+    if head.classifier is None:
+        channels = features.shape[1]
+        eye = torch.eye(channels, device=features.device)
+        return ClassMaps(features, eye, eye.new_zeros(channels))
+    weight = head.classifier.weight.detach().float().flatten(1)
+    bias = head.classifier.bias
+    return ClassMaps(
+        features, weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+    )
+
+
+def _explains(maps: ClassMaps, logits: Tensor) -> bool:
+    """Whether the maps' mean gives the logits."""
+    return _close(maps.features.mean(dim=(2, 3)) @ maps.weight.T + maps.bias, logits)
+
+
+def _close(values: Tensor, expected: Tensor) -> bool:
+    """Equal but for the rounding of a float32 (or lower) forward."""
+    if values.shape != expected.shape:
+        return False
+    scale = expected.abs().max().clamp(min=1e-6)
+    return bool(((values.float() - expected.float()).abs().max() / scale) < 1e-3)

@@ -1,0 +1,494 @@
+"""`SuperMix`, `MixUp` and `CutMix` as torchvision v2 transforms of whole batches.
+
+Each takes what torchvision's own MixUp takes, ``(images, labels, ...)`` or a mapping, with k >= 2
+images a mix and weights drawn for each. Segmentation masks and bounding boxes in the batch travel
+along.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from supermix_transforms.batch import (
+    LabelsGetter,
+    Mixed,
+    MixResult,
+    Outcome,
+    check_images,
+    check_labels,
+    find_images,
+    find_labels,
+    identities,
+)
+from supermix_transforms.masks import mix_images, owners
+from supermix_transforms.mixing import (
+    Draw,
+    check_k,
+    draw_ring,
+    draw_weights,
+    generator,
+    match_partners,
+    soft_targets,
+    supermix,
+    unmixed,
+)
+from supermix_transforms.solver import SolverSettings
+from supermix_transforms.teacher import TeacherLabeler, as_labeler
+
+__all__ = ["BatchMix", "CutMix", "MixUp", "SuperMix"]
+
+
+class BatchMix(v2.Transform):
+    """What the three have in common: finding pictures and labels, and carrying targets along.
+
+    A subclass says how to mix in `mix`; nothing else is overridden.
+    """
+
+    teacher: TeacherLabeler | None
+
+    def __init__(
+        self,
+        *,
+        k: int,
+        alpha: float,
+        labels_getter: LabelsGetter,
+        box_threshold: float,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        check_k(k, alpha)
+        if not 0 <= box_threshold <= 1:
+            raise ValueError(f"box_threshold: expected a share in 0..1, got {box_threshold!r}.")
+        self.k, self.alpha = k, alpha
+        self.labels_getter, self.box_threshold = labels_getter, box_threshold
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew: with an integer seed, the same batch is mixed otherwise in another epoch."""
+        self.epoch = epoch
+
+    def mix(
+        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+    ) -> MixResult:
+        """Mix pictures (B, C, H, W); every random choice comes from `draw`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to mix.")
+
+    def forward(self, *inputs: Any) -> Any:
+        batch = inputs if len(inputs) > 1 else inputs[0]
+        labels = find_labels(batch, self.labels_getter)
+        found = find_images(batch, labels)
+        images = check_images(found[0])
+        leaves, spec = tree_flatten(batch, is_leaf=_is_box_targets)
+        self._refuse(leaves)
+        place = None
+        if labels is not None:
+            place = next((i for i, leaf in enumerate(leaves) if leaf is labels), None)
+            if place is None:
+                raise ValueError(
+                    "labels_getter: expected the very object that stands in the batch, got another "
+                    f"{type(labels).__name__}. Return the entry itself, without a copy."
+                )
+            labels = check_labels(labels, len(images))
+        if self.seed is None:
+            draw = Draw(int(torch.randint(2**62, ())), 0, torch.arange(len(images)))
+        else:
+            draw = Draw(self.seed, self.epoch, identities(images))
+        result = self.mix(images, labels, draw)
+        assert result.mixed is not None
+        leaves = [self._carry(leaf, found, result.mixed) for leaf in leaves]
+        if place is not None:
+            leaves[place] = result.targets
+        return tree_unflatten(leaves, spec)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, alpha={self.alpha}, seed={self.seed}"
+
+    def _refuse(self, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, PIL.Image.Image):
+                raise ValueError(
+                    f"{type(self).__name__}: expected pictures as one tensor (B, C, H, W), got a "
+                    "PIL image. Add v2.ToImage() to the data set's transform and mix the batch."
+                )
+            if isinstance(leaf, (tv_tensors.KeyPoints, tv_tensors.Video)):
+                raise ValueError(
+                    f"{type(self).__name__}: expected pictures, labels, masks or boxes, got "
+                    f"{type(leaf).__name__}, which can not be mixed. Take it out of the batch."
+                )
+            if isinstance(leaf, tv_tensors.BoundingBoxes):
+                raise ValueError(
+                    f"{type(self).__name__}: expected boxes as a list of one dict a picture, got a "
+                    "bare BoundingBoxes. Pass [{'boxes': ..., 'labels': ...}, ...]."
+                )
+
+    def _carry(self, leaf: Any, images: Sequence[Tensor], mixed: Mixed) -> Any:
+        """A part of the batch as it belongs to the mixes."""
+        if any(leaf is image for image in images):
+            if leaf is images[0]:
+                output = mixed.images
+            else:
+                _check_fits(leaf, images[0])
+                output = mix_images(leaf[mixed.sources], mixed.masks)
+            return tv_tensors.wrap(output, like=leaf) if _is_tv(leaf) else output
+        if isinstance(leaf, tv_tensors.Mask):
+            _check_fits(leaf, images[0])
+            return tv_tensors.wrap(mix_masks(leaf, mixed), like=leaf)
+        if _is_box_targets(leaf):
+            return mix_boxes(leaf, mixed, self.box_threshold)
+        return leaf
+
+
+class SuperMix(BatchMix):
+    """Mix the images of a batch so that a teacher sees every one of them (SuperMix, CVPR 2021).
+
+    Takes ``(images, labels, ...)`` or a mapping and returns it with the mixed images in the place
+    of the images and the teacher's probabilities (B, N) float32 in the place of the labels. uint8
+    images stay uint8. A batch of fewer than k images comes back as it is, labelled by the teacher.
+
+    Args:
+        teacher: a module or callable images -> logits, a list of them, or a `TeacherLabeler` (which
+            knows mean and std). It is held unregistered: no submodule, not in ``state_dict``.
+        k: images a mix.
+        alpha: concentration of the Dirichlet weights.
+        partners: ``"random"``, the paper's, or ``"matched"``: from class maps, those that mix well.
+        partner_cap: how often a picture may be a partner (matched).
+        settings: the solver's.
+        labels_getter: as in torchvision's MixUp; None where the batch has no labels.
+        box_threshold: share of its area that a box must own in the mix to be kept.
+        seed: None draws from torch's global generator; an integer makes the draw depend on it, the
+            epoch (`set_epoch`) and the pictures alone.
+
+    Raises:
+        ValueError: for bad settings or inputs; the message says what was expected.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        k: int = 2,
+        alpha: float = 3.0,
+        partners: Literal["random", "matched"] = "random",
+        partner_cap: int = 2,
+        settings: SolverSettings = SolverSettings(),
+        labels_getter: LabelsGetter = "default",
+        box_threshold: float = 0.3,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            k=k, alpha=alpha, labels_getter=labels_getter, box_threshold=box_threshold, seed=seed
+        )
+        if partners not in ("random", "matched"):
+            raise ValueError(f'partners: expected "random" or "matched", got {partners!r}.')
+        if partner_cap < 1:
+            raise ValueError(f"partner_cap: expected at least 1, got {partner_cap}.")
+        self.teacher: TeacherLabeler = as_labeler(teacher)
+        self.partners, self.partner_cap = partners, partner_cap
+        self.settings = settings
+
+    def mix(
+        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+    ) -> MixResult:
+        """Mix pictures (B, C, H, W) on the teacher's device.
+
+        Args:
+            images: uint8 or floating.
+            labels: (B,) or (B, N); the label of mixes for which the teacher has no finite answer.
+            draw: seed, epoch and identities.
+            redraws: how often tuples that did not converge are drawn again.
+        """
+        with torch.inference_mode(False), self.teacher.ready():
+            logits, maps = self.teacher.examine(images)
+            if labels is not None:
+                labels = check_labels(labels, len(images), logits.shape[1])
+            teacher = self.teacher.label(_or_labels(logits, labels))
+            if len(images) < self.k:
+                mixed = replace(unmixed(images, self.k), logits=logits)
+                return MixResult(images, labels, teacher, mixed, teacher, teacher.probs)
+
+            mixed = self._supermix(images, logits, maps, draw, None)
+            for attempt in range(1, redraws + 1):
+                rows = (~mixed.converged).nonzero().flatten()
+                if len(rows) == 0:
+                    break
+                again = draw._replace(attempt=attempt)
+                second = self._supermix(images, logits, maps, again, rows)
+                mixed.forwards[rows] += second.forwards - len(images) / len(rows)
+                mixed.backwards[rows] += second.backwards
+                better = second.converged.nonzero().flatten()
+                second = replace(
+                    second, forwards=mixed.forwards[rows], backwards=mixed.backwards[rows]
+                )
+                mixed = mixed.update(rows[better], second[better])
+
+            assert mixed.logits is not None
+            lost = mixed.outcome == Outcome.NOT_FINITE
+            expected = None if labels is None else _weighted(mixed, labels, logits.shape[1])
+            label = self.teacher.label(_or_labels(mixed.logits, expected, lost))
+            return MixResult(images, labels, teacher, mixed, label, label.probs)
+
+    def _supermix(
+        self, images: Tensor, logits: Tensor, maps: Any, draw: Draw, rows: Tensor | None
+    ) -> Mixed:
+        """The mixes of one draw, of all rows or some of them."""
+        classes = logits.nan_to_num(nan=-math.inf).argmax(dim=1)
+        if self.partners == "matched" and draw.attempt == 0:
+            if maps is None:
+                raise ValueError(
+                    'partners="matched": expected a teacher whose logits are linear in an averaged '
+                    "feature map, got one without class maps (a list, a plain callable, or another "
+                    'head). Use partners="random".'
+                )
+            sources = match_partners(maps, classes, self.k, cap=self.partner_cap).cpu()
+        else:
+            sources = draw_ring(draw, classes, self.k)
+        sources = sources if rows is None else sources[rows.cpu()]
+        weights = draw_weights(draw, sources, self.alpha)
+        return supermix(
+            images,
+            self.teacher,
+            sources=sources,
+            weights=weights,
+            settings=self.settings,
+            originals=logits,
+            maps=maps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, partners={self.partners!r}, settings={self.settings}"
+
+
+class _Blind(BatchMix):
+    """A mix whose masks are drawn, not searched; `_masks` draws them."""
+
+    def __init__(
+        self,
+        *,
+        k: int = 2,
+        alpha: float = 1.0,
+        num_classes: int | None = None,
+        teacher: Any = None,
+        labels_getter: LabelsGetter = "default",
+        box_threshold: float = 0.3,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            k=k, alpha=alpha, labels_getter=labels_getter, box_threshold=box_threshold, seed=seed
+        )
+        self.num_classes = num_classes
+        self.teacher = None if teacher is None else as_labeler(teacher)
+
+    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+        raise NotImplementedError
+
+    def mix(
+        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+    ) -> MixResult:
+        """Mix pictures (B, C, H, W), uint8 or floating; labels (B,), (B, N) or None."""
+        if labels is not None:
+            labels = check_labels(labels, len(images), self.num_classes)
+        indices = labels is not None and labels.ndim == 1
+        if self.teacher is None and indices and not self.num_classes:
+            raise ValueError(
+                f"{type(self).__name__}: expected num_classes for labels that are class indices, "
+                "got None. Pass num_classes=, or a teacher= that labels the mixes."
+            )
+        if len(images) < self.k:
+            mixed = unmixed(images, self.k)
+        else:
+            classes = None
+            if labels is not None:
+                classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+            sources = draw_ring(draw, classes, self.k)
+            weights = draw_weights(draw, sources, self.alpha)
+            size = (images.shape[-2], images.shape[-1])
+            masks = self._masks(draw, sources, weights, size).to(images.device)
+            sources = sources.to(images.device)
+            mixed = Mixed.unsearched(
+                mix_images(images[sources], masks), sources, masks, Outcome.CONVERGED
+            )
+        if self.teacher is not None:
+            label = self.teacher(mixed.images)
+            return MixResult(images, labels, None, mixed, label, label.probs)
+        targets = None
+        if labels is not None:
+            targets = _weighted(mixed, labels, self.num_classes or labels.shape[-1])
+        return MixResult(images, labels, None, mixed, None, targets)
+
+
+class MixUp(_Blind):
+    """Mix k images of a batch as wholes, ``sum r_i x_i`` with r ~ Dirichlet(alpha) for each mix.
+
+    At k = 2 and without a teacher it does what torchvision's MixUp does, but for the weights, which
+    are drawn for each sample here.
+
+    Args:
+        k: images a mix.
+        alpha: concentration of the weights; 1 is uniform.
+        num_classes: N, needed where labels are class indices and there is no teacher.
+        teacher: labels the mixes; without it the sources' labels are weighted (Eq. 2).
+        labels_getter: as in torchvision's MixUp; None where the batch has no labels.
+        box_threshold: boxes follow the image of the largest weight.
+        seed: as for `SuperMix`.
+    """
+
+    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+        return weights[:, :, None, None].expand(-1, -1, *size)
+
+
+class CutMix(_Blind):
+    """Paste boxes of k - 1 other images into each image; labels by the areas that are seen.
+
+    Boxes are pasted one after the other, each as large as its image's weight among those pasted so
+    far, so that areas follow r ~ Dirichlet(alpha) but for what the border cuts off.
+
+    Args:
+        k: images a mix.
+        alpha: concentration of the weights; 1 is uniform.
+        num_classes: N, needed where labels are class indices and there is no teacher.
+        teacher: labels the mixes; without it the sources' labels are weighted by realised area.
+        labels_getter: as in torchvision's CutMix; None where the batch has no labels.
+        box_threshold: share of its area that a box must own in the mix to be kept.
+        seed: as for `SuperMix`.
+    """
+
+    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = size
+        owner = np.zeros((len(sources), height, width), dtype=np.int64)
+        shares = weights.numpy() / np.cumsum(weights.numpy(), axis=1)
+        for row, ids in enumerate(draw.ids[sources].tolist()):
+            random = generator(draw, ids, purpose=2)
+            for i in range(1, sources.shape[1]):
+                half = 0.5 * math.sqrt(shares[row, i])
+                y, x = random.integers(height), random.integers(width)
+                top, left = max(0, y - int(half * height)), max(0, x - int(half * width))
+                owner[row, top : y + int(half * height), left : x + int(half * width)] = i
+        one_hot = torch.nn.functional.one_hot(torch.from_numpy(owner), sources.shape[1])
+        return one_hot.permute(0, 3, 1, 2).float()
+
+
+# -- dense targets ---------------------------------------------------------------------------------
+
+
+def mix_masks(masks: Tensor, mixed: Mixed) -> Tensor:
+    """Segmentation masks (B, ..., H, W) of the originals as those of the mixes, by pixel owner."""
+    owner = owners(mixed.masks)  # (M, H, W)
+    plain = masks.as_subclass(Tensor)[mixed.sources]  # (M, k, ..., H, W)
+    index = owner.view(len(owner), 1, *[1] * (plain.ndim - 4), *owner.shape[1:])
+    return plain.gather(1, index.expand(-1, 1, *plain.shape[2:]))[:, 0]
+
+
+def mix_boxes(
+    targets: Sequence[Mapping[str, Any]], mixed: Mixed, threshold: float
+) -> list[dict[str, Any]]:
+    """Boxes of the originals as those of the mixes: kept where enough of them is seen.
+
+    Args:
+        targets: one mapping a picture: ``boxes`` (n, 4) as tv_tensors.BoundingBoxes or x1, y1, x2,
+            y2 in pixels; fields of length n follow their boxes, others come from the first source.
+        mixed: the mixes, M rows.
+        threshold: least share of a box's pixels that its own picture owns in the mix.
+
+    Returns:
+        M dicts, the sources' boxes one after the other.
+    """
+    owner = owners(mixed.masks)
+    outputs = []
+    for row, sources in enumerate(mixed.sources.tolist()):
+        kept: list[dict[str, Any]] = []
+        for place, source in enumerate(dict.fromkeys(sources)):  # an unmixed row repeats its source
+            target = dict(targets[source])
+            count = len(target["boxes"])
+            keep = _box_shares(target["boxes"], owner[row] == place) >= threshold
+            rows = keep.nonzero().flatten()
+            for name, value in target.items():
+                if name == "boxes" or (_has_length(value) and len(value) == count):
+                    target[name] = _select(value, rows)
+            kept.append(target)
+        first = kept[0]
+        for name, value in first.items():
+            if name == "boxes" or (_has_length(value) and len(value) == len(first["boxes"])):
+                first[name] = _join([target[name] for target in kept])
+        outputs.append(first)
+    return outputs
+
+
+def _box_shares(boxes: Tensor, owned: Tensor) -> Tensor:
+    """Share of each box's pixels that are owned, (n,); owned (H, W) bool."""
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        boxes = v2.functional.convert_bounding_box_format(
+            boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY
+        )
+    height, width = owned.shape
+    shares = []
+    for x1, y1, x2, y2 in boxes.as_subclass(Tensor).tolist():
+        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
+        inside = owned[top : min(height, math.ceil(y2)), left : min(width, math.ceil(x2))]
+        shares.append(inside.float().mean().item() if inside.numel() else 0.0)
+    return torch.tensor(shares, device=boxes.device)
+
+
+def _select(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        picked = value.as_subclass(Tensor)[rows.to(value.device)]
+        return tv_tensors.wrap(picked, like=value) if _is_tv(value) else picked
+    return type(value)(value[row] for row in rows.tolist())
+
+
+def _join(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        joined = torch.cat([value.as_subclass(Tensor) for value in values])
+        return tv_tensors.wrap(joined, like=values[0]) if _is_tv(values[0]) else joined
+    return type(values[0])(item for value in values for item in value)
+
+
+def _has_length(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _is_box_targets(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(item, Mapping) and "boxes" in item for item in value)
+    )
+
+
+def _is_tv(value: Any) -> bool:
+    return isinstance(value, tv_tensors.TVTensor)
+
+
+def _check_fits(leaf: Tensor, images: Tensor) -> None:
+    if len(leaf) != len(images) or leaf.shape[-2:] != images.shape[-2:]:
+        raise ValueError(
+            f"{type(leaf).__name__}: expected the batch and size of the pictures "
+            f"{tuple(images.shape)}, got {tuple(leaf.shape)}. Stack and resize them alike."
+        )
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def _weighted(mixed: Mixed, labels: Tensor, num_classes: int) -> Tensor:
+    """Eq. 2 with the samples' own labels, (M, N), in the labels' dtype if that is floating."""
+    targets = soft_targets(mixed.weights, labels[mixed.sources], num_classes)
+    return targets.to(labels.dtype) if labels.is_floating_point() else targets
+
+
+def _or_labels(logits: Tensor, labels: Tensor | None, lost: Tensor | None = None) -> Tensor:
+    """Logits with the sample's own label in rows where the teacher's answer is not finite."""
+    lost = ~logits.isfinite().all(dim=1) if lost is None else lost
+    if labels is None:
+        return torch.where(lost[:, None], logits.nan_to_num(0.0, 0.0, 0.0), logits)
+    if labels.ndim == 1:
+        labels = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return torch.where(lost[:, None], labels.float().clamp(min=1e-12).log(), logits)

@@ -1,0 +1,41 @@
+"""What every test gets: the same seeds, two threads, no network."""
+
+import os
+import random
+from pathlib import Path
+
+# Before torch and huggingface_hub are imported; processes that tests start inherit both.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+hypothesis.settings.register_profile("same every run", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same every run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "data" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real pictures and teachers; the test is skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip("needs ../shared/data, which is not beside this checkout")
+    return DATA
