@@ -113,7 +113,10 @@ class TeacherLabels:
         log_probs, indices = self.log_probs.float().topk(n, dim=1)
         if self.indices is not None:
             indices = self.indices.gather(1, indices)
-        return indices, log_probs, (1 - log_probs.exp().sum(dim=1)).clamp(min=0)
+        if self.rest is None:
+            return indices, log_probs, (1 - log_probs.exp().sum(dim=1)).clamp(min=0)
+        left = self.log_probs.float().exp().sum(dim=1) - log_probs.exp().sum(dim=1)
+        return indices, log_probs, self.rest + left.clamp(min=0)
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -306,7 +309,7 @@ class MixBatch:
 
     @property
     def mixed(self) -> Tensor:
-        """The mixed pictures, (M, C, H, W), dtype of the originals; M = B unless some were dropped."""
+        """The mixed pictures, (M, C, H, W), originals' dtype; M = B unless some were dropped."""
         return self._mixes.images
 
     @property
@@ -328,12 +331,12 @@ class MixBatch:
     @property
     def sources(self) -> Tensor | None:
         """(M, k) int64: rows of ``images`` that each mix is made of, its own row first."""
-        return self._mixes.sources if self._done.traced else None
+        return self._mixes.sources if self.mix()._done.traced else None
 
     @property
     def weights(self) -> Tensor | None:
         """(M, k) float32: the mixing weights r of Eq. 2."""
-        return self._mixes.weights if self._done.traced else None
+        return self._mixes.weights if self.mix()._done.traced else None
 
     @property
     def mask_logits(self) -> Tensor | None:
@@ -343,7 +346,7 @@ class MixBatch:
     @property
     def masks(self) -> Tensor | None:
         """(M, k, H, W) float32 in [0, 1], summing to 1 over k."""
-        return self._mixes.masks if self._done.traced else None
+        return self._mixes.masks if self.mix()._done.traced else None
 
     @property
     def outcome(self) -> Tensor:
@@ -578,6 +581,24 @@ def check_images(images: object) -> Tensor:
     # under inference mode autograd may not save such tensors; a copy made outside of it is usual
     with torch.inference_mode(False):
         return images.clone() if images.is_inference() else images
+
+
+def check_device(images: Tensor, device: torch.device | None) -> None:
+    """Raise unless pictures are where the teacher is; None: it takes them anywhere."""
+    if device is not None and images.device != device:
+        raise ValueError(
+            f"images: expected pictures on the teacher's device {device}, got {images.device}. "
+            f"Move them (images.to({str(device)!r})), or the teacher."
+        )
+
+
+def check_device(images: Tensor, device: torch.device | None) -> None:
+    """Raise unless pictures are where the teacher is; None: it takes them anywhere."""
+    if device is not None and images.device != device:
+        raise ValueError(
+            f"images: expected pictures on the teacher's device {device}, got {images.device}. "
+            f"Move them (images.to({str(device)!r})), or the teacher."
+        )
 
 
 def check_labels(labels: object, batch: int, num_classes: int | None = None) -> Tensor:

@@ -113,7 +113,11 @@ class _BatchMixer:
         self._largest = max(self._largest, len(images))
         seed = self.seed if transform.seed is None else transform.seed
         redraws = REDRAWS if self._unconverged == "redraw" else 0
-        return transform.mix(images, labels, Draw(seed, self.epoch, ids), redraws=redraws)
+        relabel = self._labeler is not None and (
+            self._after is not None or transform.teacher is None
+        )
+        draw = Draw(seed, self.epoch, ids)
+        return transform.mix(images, labels, draw, redraws=redraws, relabel=relabel)
 
     def _foreign(
         self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
@@ -369,7 +373,11 @@ class MixLoader(_BatchMixer):
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    seed &= 0x7FFFFFFFFFFFFFFF
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+        # torch.manual_seed would seed every device, also those that are not put back
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.get_device_module(device).manual_seed(seed)
         yield

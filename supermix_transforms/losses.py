@@ -1,13 +1,19 @@
 """Losses of the mixing problem and of the student that learns from its mixes.
 
 Source: SuperMix (Dabouei et al., CVPR 2021), sections 3.1 and 3.2. Everything is computed in
-float32, so bf16 and fp16 logits are safe.
+float32 at least, so bf16 and fp16 logits are safe.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["kd_loss", "kl_divergence", "mixing_objective", "sparsity", "supermix_loss"]
+__all__ = ["kd_loss", "kl_divergence", "mixing_objective", "sparsity", "supermix_loss", "widen"]
+
+
+def widen(values: Tensor) -> Tensor:
+    """float32, or float64 where the values are in it already."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def sparsity(masks: Tensor) -> Tensor:
@@ -24,8 +30,8 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     The paper writes ``KL(f || y)``, which is infinite wherever the target is 0; the order used here
     is the finite one, and the one of the authors' code.
     """
-    log_probs = logits.float().log_softmax(dim=1)
-    return F.kl_div(log_probs, targets.float(), reduction="none").sum(dim=1)
+    log_probs = widen(logits).log_softmax(dim=1)
+    return F.kl_div(log_probs, targets.to(log_probs), reduction="none").sum(dim=1)
 
 
 def mixing_objective(logits: Tensor, targets: Tensor, masks: Tensor, *, lambda_s: float) -> Tensor:
@@ -59,10 +65,10 @@ def supermix_loss(
         >>> supermix_loss(logits, labels, logits, torch.full((2, 4), 0.25))
         tensor(2.7726)
     """
-    originals = F.cross_entropy(logits.float(), labels)
+    originals = _cross_entropy(logits, labels)
     if len(mixed_logits) == 0:  # unconverged="drop" can leave none; a mean over no rows is NaN
-        return originals + mixed_logits.float().sum()
-    return originals + F.cross_entropy(mixed_logits.float(), mixed_targets)
+        return originals + widen(mixed_logits).sum()
+    return originals + _cross_entropy(mixed_logits, mixed_targets)
 
 
 def kd_loss(
@@ -89,7 +95,13 @@ def kd_loss(
         >>> kd_loss(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
         tensor(1.7329)
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}.")
-    soft = F.cross_entropy(logits.float() / temperature, teacher_probs.float())
-    return (1 - weight) * F.cross_entropy(logits.float(), labels) + weight * temperature**2 * soft
+    soft = _cross_entropy(widen(logits) / temperature, teacher_probs)
+    return (1 - weight) * _cross_entropy(logits, labels) + weight * temperature**2 * soft
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows; targets are indices (B,), or probabilities (B, N) of any floating dtype."""
+    logits = widen(logits)
+    return F.cross_entropy(logits, targets.to(logits) if targets.ndim == 2 else targets)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from supermix_transforms.losses import sparsity as sparsity_of
+from supermix_transforms.losses import widen
 
 __all__ = [
     "Normalisation",
@@ -50,7 +51,8 @@ def _gaussian(cells: int, sigma: float, device: torch.device) -> Tensor:
             shift = 2 * cells * turn
             same = position[:, None] - position[None, :] - shift
             mirrored = position[:, None] + position[None, :] + 1 - shift
-            weights += (-(same**2) / (2 * sigma**2)).exp() + (-(mirrored**2) / (2 * sigma**2)).exp()
+            for distance in (same, mirrored):
+                weights += (-((distance / sigma) ** 2) / 2).exp()
         return (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
@@ -62,34 +64,42 @@ def _averaging(pixels: int, cells: int, device: torch.device) -> Tensor:
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of (..., h, w) float32 to (..., H, W)."""
+    """Bilinear resize of (..., h, w) to (..., H, W), float32 at least."""
     rows = _bilinear(logits.shape[-2], size[0], logits.device)
     columns = _bilinear(logits.shape[-1], size[1], logits.device)
-    return rows @ logits @ columns.T
+    return _between(rows, logits, columns)
 
 
 def average(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of (..., H, W) float32 to (..., h, w)."""
+    """Adaptive average pooling of (..., H, W) to (..., h, w), float32 at least."""
     rows = _averaging(values.shape[-2], size[0], values.device)
     columns = _averaging(values.shape[-1], size[1], values.device)
-    return rows @ values @ columns.T
+    return _between(rows, values, columns)
 
 
 def blur(values: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (..., h, w) float32, sigma in cells; 0 changes nothing."""
+    """Gaussian blur of (..., h, w), sigma in cells; 0 changes nothing. float32 at least."""
     if sigma == 0:
         return values
     rows = _gaussian(values.shape[-2], sigma, values.device)
     columns = _gaussian(values.shape[-1], sigma, values.device)
-    return rows @ values @ columns.T
+    return _between(rows, values, columns)
+
+
+def _between(rows: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    """``rows @ values @ columns.T``, float32 at least, whatever autocast the caller is in."""
+    values = widen(values)
+    with torch.autocast(values.device.type, enabled=False):
+        return rows.to(values.dtype) @ values @ columns.T.to(values.dtype)
 
 
 def normalise(logits: Tensor, how: Normalisation) -> Tensor:
-    """Logits (B, k, H, W) to masks in [0, 1] that sum to 1 over k.
+    """Logits (B, k, H, W) to masks in [0, 1] that sum to 1 over k, float32 at least.
 
     ``"sigmoid"`` is Eq. 4. ``"softmax"`` is the same family for k = 2; for k >= 3 it can be
     sharpened by scaling the logits, where two large ones under a sigmoid tie.
     """
+    logits = widen(logits)
     if how == "softmax":
         return logits.softmax(dim=1)
     # s(z) / sum s(z) as a softmax of log s(z): where every sigmoid underflows, a quotient is 0 / 0
@@ -138,10 +148,11 @@ def owners(masks: Tensor) -> Tensor:
 def blend(images: Tensor, masks: Tensor) -> Tensor:
     """Eq. 1, differentiable in the masks: (B, k, C, H, W), (B, k, H, W) -> (B, C, H, W).
 
-    The sum is taken in float32. The result is the picture that would be handed out: uint8 pictures
-    give float32 on 0..255, rounded with a straight-through gradient; others keep their dtype.
+    The sum is taken in float32 at least. The result is the picture that would be handed out: uint8
+    pictures give float32 on 0..255, rounded with a straight-through gradient; others keep their
+    dtype.
     """
-    total = sum(images[:, i].float() * masks[:, i, None] for i in range(images.shape[1]))
+    total = sum(widen(images[:, i]) * masks[:, i, None] for i in range(images.shape[1]))
     assert isinstance(total, Tensor)  # k >= 1
     if images.dtype == torch.uint8:
         return total + (total.round() - total).detach()

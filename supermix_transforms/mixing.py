@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGE_MARGIN = 1e3  # bound of a pair's score in `match_partners`, in logits
+
+
 class Draw(NamedTuple):
     """What all random choices for a batch depend on."""
 
@@ -133,14 +137,18 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, *, cap: int = 2) ->
         maps: class maps of the B pictures.
         classes: the teacher's, (B,) int64.
         k: images a tuple, at most B.
-        cap: how often a picture may be a partner.
+        cap: how often a picture may be a partner; more only where k is so near to B that others
+            are used up.
 
     Returns:
         Rows of the batch; row i starts with i.
     """
     from scipy.optimize import linear_sum_assignment
 
-    scores = _pair_margins(maps, classes).double().cpu()
+    with torch.autocast(classes.device.type, enabled=False):
+        scores = _pair_margins(maps, classes).double().cpu()
+    # infinite where a pair holds all classes there are, NaN where the teacher's answer is
+    scores = scores.nan_to_num(nan=-LARGE_MARGIN).clamp(-LARGE_MARGIN, LARGE_MARGIN)
     same = (classes[:, None] == classes[None, :]).cpu()
     barred = torch.eye(len(classes), dtype=torch.bool)
     sources = torch.arange(len(classes))[:, None]
@@ -148,8 +156,11 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, *, cap: int = 2) ->
         total = scores[sources].sum(dim=1)  # (B, B): candidate j for the tuple of i
         # a class twice in a tuple is a last resort, the same picture twice is none
         total = total - 1e6 * same[sources].any(dim=1) - 1e12 * barred
-        _, columns = linear_sum_assignment(total.repeat(1, cap).numpy(), maximize=True)
-        partner = torch.from_numpy(columns) % len(classes)
+        for copies in range(cap, cap + len(classes)):
+            _, columns = linear_sum_assignment(total.repeat(1, copies).numpy(), maximize=True)
+            partner = torch.from_numpy(columns) % len(classes)
+            if not barred.gather(1, partner[:, None]).any():
+                break
         sources = torch.cat([sources, partner[:, None]], dim=1)
         barred = barred.scatter(1, partner[:, None], True)
     return sources.to(classes.device)
@@ -184,8 +195,9 @@ def soft_targets(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Returns:
         (M, N) float32; weights of equal classes are added.
     """
+    weights = weights.float()
     if labels.ndim == 3:
-        return torch.einsum("mk,mkn->mn", weights, labels.float())
+        return (weights[:, :, None] * labels.float()).sum(dim=1)
     return weights.new_zeros(len(weights), num_classes).scatter_add(1, labels, weights)
 
 
@@ -271,18 +283,27 @@ def check_k(k: object, alpha: object) -> None:
 def _check_tuples(
     sources: Tensor, weights: Tensor, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    if sources.ndim != 2 or sources.shape[1] < 2 or sources.is_floating_point():
+    for name, value in (("sources", sources), ("weights", weights)):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name}: expected a tensor (M, k), got {type(value).__name__}. Pass "
+                "torch.as_tensor(...) of it."
+            )
+    if sources.ndim != 2 or sources.shape[1] < 2 or sources.dtype not in INDEX_TYPES:
         raise ValueError(
             f"sources: expected indices (M, k) with k of at least 2, got {sources.dtype} "
             f"{tuple(sources.shape)}. Each row names the pictures of one mix."
         )
     if len(sources) == 0 or sources.min() < 0 or sources.max() >= count:
         span = f"{int(sources.min())}..{int(sources.max())}" if len(sources) else "no row"
-        raise ValueError(f"sources: expected rows of {count} pictures, 0..{count - 1}, got {span}.")
+        raise ValueError(
+            f"sources: expected rows of {count} pictures, 0..{count - 1}, got {span}. Index the "
+            "pictures that are passed."
+        )
     if weights.shape != sources.shape:
         raise ValueError(
             f"weights: expected one for each source, {tuple(sources.shape)}, got "
-            f"{tuple(weights.shape)}."
+            f"{tuple(weights.shape)}. Draw them with draw_weights, or give each 1 / k."
         )
     weights = weights.float()
     if not bool(((weights >= 0).all()) & ((weights.sum(dim=1) - 1).abs() < 1e-3).all()):

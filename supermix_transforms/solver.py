@@ -38,7 +38,7 @@ Hint: TypeAlias = ClassMaps | Tensor  # of each picture: its class maps, or its 
 # The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
 TAU = 0.5  # temperature of the smooth maximum over the other classes
 DELTA = 0.5  # margin that the loss asks for, beyond the one that is checked
-MOMENTUM = 0.4
+MOMENTUM = 0.6
 NEAR = -0.7  # margin from which a row is expected to pass its next check, in logits
 STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
 START_STEPS, START_RATE, START_MARGIN = 60, 0.3, 2.0
@@ -78,9 +78,9 @@ class SolverSettings:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}.")
         for name in ("sigma", "margin", "lambda_s"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
+            if value is not None and not (_is_number(value) and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value!r}.")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
+        if self.sparsity is not None and not (_is_number(self.sparsity) and 0 < self.sparsity < 1):
             raise ValueError(f"sparsity: expected a number in (0, 1), got {self.sparsity!r}.")
 
     def resolve(self, k: int, size: tuple[int, int]) -> "Resolved":
@@ -106,6 +106,10 @@ class SolverSettings:
             lambda_s=self.lambda_s,
             memory=_default(self.memory, DEFAULT_MEMORY),
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _default(value: Number | None, default: Number) -> Number:
@@ -153,6 +157,7 @@ class Method(NamedTuple):
 
     normalisation: Normalisation
     keep_best: bool  # what a row that never converges hands out: its best iterate, or its last
+    near: float  # margin from which a row is expected to pass its next check, in logits
     start: Callable[[Tuples, Hint | None, Resolved], Tensor]  # -> mask logits z
     loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
     # z, momentum u, loss (B,), gradient -> next z and u
@@ -198,7 +203,11 @@ def solve(
     problem = Tuples(images, sources, weights.float(), targets, members)
     chunk = max(1, resolved.memory // (4 * images[0].numel() * (k + ACTIVATIONS)))
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+    ):
         hint: Hint | None = maps
         if hint is None and method.start is _fast_start:
             hint = saliency(images, teacher, classes, resolved.mask_size, chunk=chunk)
@@ -227,16 +236,17 @@ def newton_step(
         loss: (B,).
         gradient: of each row's loss, (B, k, w, w).
         sigma: of the Gaussian G, in cells.
-        limits: bounds of ``L / <G*g, g>``.
+        limits: bounds of ``L / <G*g, g>``; without them it is 0 where the gradient vanishes.
 
     Returns:
-        (B, k, w, w); 0 where the gradient vanishes.
+        (B, k, w, w); 0 where the gradient is.
     """
     smooth = blur(gradient, sigma)
     norm = (smooth * gradient).sum(dim=(1, 2, 3))
-    length = torch.where(norm > 1e-12, loss / norm.clamp(min=1e-12), 0.0)
-    if limits is not None:
-        length = length.clamp(*limits)
+    if limits is None:
+        length = torch.where(norm > 1e-12, loss / norm.clamp(min=1e-12), 0.0)
+    else:  # a norm of 0 gives the upper limit, or NaN where the loss is 0 too
+        length = (loss / norm).nan_to_num(nan=0.0).clamp(*limits)
     return -length[:, None, None, None] * smooth
 
 
@@ -338,10 +348,10 @@ def _search(
             finite = _finite_rows(logits) & ~now.broken
             now.margin = margins(logits, part.members)
             passed = finite & (now.margin > settings.margin)
-            # converged iterates come before all others, and the less KL the better
+            # the less KL the better, once converged
             fallback = now.margin if method.keep_best else torch.full_like(now.margin, step)
-            score = torch.where(passed, 1e6 - kl_divergence(logits, part.targets), fallback)
-            best.offer(now.rows, finite, score, leaf, pictures, logits)
+            score = torch.where(passed, -kl_divergence(logits, part.targets), fallback)
+            best.offer(now.rows, finite, passed, score, leaf, pictures, logits)
             now.found = now.found | passed
             over = torch.where(now.found, now.polish <= 0, step >= settings.max_steps)
             best.close(now.rows, now.found, finite, step)
@@ -349,9 +359,9 @@ def _search(
 
     for step in range(last + 1):
         # A graph serves all of its rows or none: a row that passes pays for a backward in vain, one
-        # that fails without a graph for a second forward. So rows that nearly passed last time are
-        # checked without.
-        near = (now.margin > NEAR) & ~now.found & (step < settings.max_steps)
+        # that fails without a graph for a second forward. So the fast method checks rows that
+        # nearly passed last time without.
+        near = (now.margin > method.near) & ~now.found & (step < settings.max_steps)
         first = near.nonzero().flatten()
         if len(first) > 0:
             with torch.no_grad():
@@ -387,6 +397,7 @@ class _Best:
         self.images = problem.images.new_zeros(count, problem.images.shape[1], height, width)
         self.z = z.clone()
         self.logits = torch.zeros_like(problem.targets)
+        self.passed = torch.zeros(count, dtype=torch.bool, device=z.device)
         self.score = z.new_full((count,), -torch.inf)
         self.offered = torch.zeros(count, dtype=torch.bool, device=z.device)
         self.outcome = torch.zeros(count, dtype=torch.int64, device=z.device)
@@ -398,19 +409,26 @@ class _Best:
         self,
         rows: Tensor,
         finite: Tensor,
+        passed: Tensor,
         score: Tensor,
         z: Tensor,
         pictures: Tensor,
         logits: Tensor,
     ) -> None:
-        """Take the iterate of each row where it is better; the first one whatever it is."""
-        better = (finite & (score > self.score[rows])) | ~self.offered[rows]
+        """Take the iterate of each row where it is better; the first one whatever it is.
+
+        One that passed comes before all that did not, then the score decides.
+        """
+        before = self.passed[rows]
+        better = (passed & ~before) | ((passed == before) & (score > self.score[rows]))
+        better = (finite & better) | ~self.offered[rows]
         if self.images.dtype == torch.uint8:
             pictures = pictures.round()
         for kept, offered in (
             (self.images, pictures.to(self.images.dtype)),
             (self.z, z),
             (self.logits, logits.nan_to_num()),
+            (self.passed, passed),
             (self.score, torch.where(finite, score, -torch.inf)),
         ):
             choice = better.view(-1, *[1] * (kept.ndim - 1))
@@ -548,6 +566,6 @@ def _fast_update(
 
 
 METHODS = {
-    "fast": Method("softmax", True, _fast_start, _fast_loss, _fast_update),
-    "paper": Method("sigmoid", False, _zero_start, _paper_loss, _paper_update),
+    "fast": Method("softmax", True, NEAR, _fast_start, _fast_loss, _fast_update),
+    "paper": Method("sigmoid", False, float("inf"), _zero_start, _paper_loss, _paper_update),
 }

@@ -58,7 +58,7 @@ class TeacherLabeler:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}.")
         if top is not None and top < 1:
             raise ValueError(f"top: expected at least 1 class, or None for all, got {top}.")
@@ -78,7 +78,7 @@ class TeacherLabeler:
 
     def __call__(self, images: Tensor) -> TeacherLabels:
         """Labels of pictures (B, C, H, W), uint8 or floating, on the teacher's device."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return self.label(self.logits(self.prepare(images)))
 
     def label(self, logits: Tensor) -> TeacherLabels:
@@ -90,7 +90,10 @@ class TeacherLabeler:
 
         Several teachers give the logarithm of their mean probability.
         """
-        answers = [member(images) for member in self._alive()]
+        return self._mean([member(images) for member in self._alive()])
+
+    @staticmethod
+    def _mean(answers: list[Tensor]) -> Tensor:
         if len(answers) == 1:
             return answers[0]
         widths = sorted({answer.shape[1] for answer in answers})
@@ -102,15 +105,14 @@ class TeacherLabeler:
         log_probs = torch.stack([answer.log_softmax(dim=1) for answer in answers])
         return log_probs.logsumexp(dim=0) - torch.tensor(float(len(answers))).log().item()
 
-    @torch.no_grad()
     def examine(self, images: Tensor) -> tuple[Tensor, ClassMaps | None]:
         """One float32 forward of the originals: logits (B, N), and class maps if there are any."""
         members = self._alive()
-        images = self.prepare(images)
-        if len(members) == 1:
-            return members[0].examine(images)
-        with _full_precision(images.device):
-            return self.logits(images), None
+        with torch.inference_mode(False), torch.no_grad():
+            images = self.prepare(images)
+            if len(members) == 1:
+                return members[0].examine(images)
+            return self._mean([member(images, precise=True) for member in members]), None
 
     def class_maps(self, images: Tensor) -> ClassMaps | None:
         """Last feature maps and the classifier over their average, or None.
@@ -213,10 +215,11 @@ class _Member:
             return self._device
         return next((tensor.device for tensor in self.module.parameters()), None)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, N) float32 of pictures (B, C, H, W)."""
+    def __call__(self, images: Tensor, *, precise: bool = False) -> Tensor:
+        """Logits (B, N) float32 of pictures (B, C, H, W); `precise`: without autocast."""
         images = self._preprocess(images)
-        with _evaluating([self.module]), self._precision(images.device):
+        precision = _full_precision if precise else self._precision
+        with _evaluating([self.module]), precision(images.device):
             logits = self._run(images)
         return logits.float()
 
@@ -226,9 +229,12 @@ class _Member:
         with _evaluating([self.module]), _full_precision(images.device):
             if not self._searched and self.module is not None:
                 self._head = _find_head(self.module, self._run, images[:4])
-            self._searched = True
             if self._head is None:
-                return self._run(images).float(), None
+                logits = self._run(images).float()
+                # numbers that are not finite explain nothing: search again in the next batch
+                self._searched = self._searched or bool(logits[:4].isfinite().all())
+                return logits, None
+            self._searched = True
             seen: list[Tensor] = []
             with _watching(self._head.place, self._head.is_input, seen.append):
                 logits = self._run(images).float()

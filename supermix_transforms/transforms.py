@@ -23,6 +23,7 @@ from supermix_transforms.batch import (
     Mixed,
     MixResult,
     Outcome,
+    check_device,
     check_images,
     check_labels,
     find_images,
@@ -77,18 +78,30 @@ class BatchMix(v2.Transform):
         self.epoch = epoch
 
     def mix(
-        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        draw: Draw,
+        *,
+        redraws: int = 0,
+        relabel: bool = False,
     ) -> MixResult:
-        """Mix pictures (B, C, H, W); every random choice comes from `draw`."""
+        """Mix pictures (B, C, H, W); every random choice comes from `draw`.
+
+        `redraws` is for mixes that are searched for. With `relabel` the caller labels the mixes
+        itself, so those that have no label yet need none.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how to mix.")
 
     def forward(self, *inputs: Any) -> Any:
         batch = inputs if len(inputs) > 1 else inputs[0]
         labels = find_labels(batch, self.labels_getter)
-        found = find_images(batch, labels)
-        images = check_images(found[0])
         leaves, spec = tree_flatten(batch, is_leaf=_is_box_targets)
         self._refuse(leaves)
+        found = find_images(batch, labels)
+        images = check_images(found[0])
+        check_device(images, None if self.teacher is None else self.teacher.device)
+        check_device(images, None if self.teacher is None else self.teacher.device)
         place = None
         if labels is not None:
             place = next((i for i, leaf in enumerate(leaves) if leaf is labels), None)
@@ -196,7 +209,13 @@ class SuperMix(BatchMix):
         self.settings = settings
 
     def mix(
-        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        draw: Draw,
+        *,
+        redraws: int = 0,
+        relabel: bool = False,
     ) -> MixResult:
         """Mix pictures (B, C, H, W) on the teacher's device.
 
@@ -205,6 +224,7 @@ class SuperMix(BatchMix):
             labels: (B,) or (B, N); the label of mixes for which the teacher has no finite answer.
             draw: seed, epoch and identities.
             redraws: how often tuples that did not converge are drawn again.
+            relabel: nothing here; the labels come from the search.
         """
         with torch.inference_mode(False), self.teacher.ready():
             logits, maps = self.teacher.examine(images)
@@ -291,13 +311,22 @@ class _Blind(BatchMix):
         raise NotImplementedError
 
     def mix(
-        self, images: Tensor, labels: Tensor | None, draw: Draw, *, redraws: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        draw: Draw,
+        *,
+        redraws: int = 0,
+        relabel: bool = False,
     ) -> MixResult:
-        """Mix pictures (B, C, H, W), uint8 or floating; labels (B,), (B, N) or None."""
+        """Mix pictures (B, C, H, W), uint8 or floating; labels (B,), (B, N) or None.
+
+        With `relabel` there are no targets: the caller labels the mixes itself.
+        """
         if labels is not None:
             labels = check_labels(labels, len(images), self.num_classes)
         indices = labels is not None and labels.ndim == 1
-        if self.teacher is None and indices and not self.num_classes:
+        if self.teacher is None and indices and not self.num_classes and not relabel:
             raise ValueError(
                 f"{type(self).__name__}: expected num_classes for labels that are class indices, "
                 "got None. Pass num_classes=, or a teacher= that labels the mixes."
@@ -316,8 +345,17 @@ class _Blind(BatchMix):
             mixed = Mixed.unsearched(
                 mix_images(images[sources], masks), sources, masks, Outcome.CONVERGED
             )
+        if relabel:
+            return MixResult(images, labels, None, mixed, None, None)
         if self.teacher is not None:
             label = self.teacher(mixed.images)
+            if self.num_classes not in (None, label.num_classes):
+                raise ValueError(
+                    f"num_classes: expected {label.num_classes}, the teacher's, got "
+                    f"{self.num_classes}. Leave it out, or pass another teacher."
+                )
+            if labels is not None:
+                check_labels(labels, len(images), label.num_classes)
             return MixResult(images, labels, None, mixed, label, label.probs)
         targets = None
         if labels is not None:
@@ -395,31 +433,55 @@ def mix_boxes(
     Args:
         targets: one mapping a picture: ``boxes`` (n, 4) as tv_tensors.BoundingBoxes or x1, y1, x2,
             y2 in pixels; fields of length n follow their boxes, others come from the first source.
-        mixed: the mixes, M rows.
+        mixed: the mixes, as many as pictures.
         threshold: least share of a box's pixels that its own picture owns in the mix.
 
     Returns:
-        M dicts, the sources' boxes one after the other.
+        One dict a mix, the sources' boxes one after the other.
+
+    Raises:
+        ValueError: for another number of dicts, fields that differ, boxes that are not (n, 4).
     """
+    per_box = _per_box_fields(targets, mixed)
     owner = owners(mixed.masks)
     outputs = []
     for row, sources in enumerate(mixed.sources.tolist()):
         kept: list[dict[str, Any]] = []
         for place, source in enumerate(dict.fromkeys(sources)):  # an unmixed row repeats its source
-            target = dict(targets[source])
-            count = len(target["boxes"])
+            target = targets[source]
             keep = _box_shares(target["boxes"], owner[row] == place) >= threshold
             rows = keep.nonzero().flatten()
-            for name, value in target.items():
-                if name == "boxes" or (_has_length(value) and len(value) == count):
-                    target[name] = _select(value, rows)
-            kept.append(target)
-        first = kept[0]
-        for name, value in first.items():
-            if name == "boxes" or (_has_length(value) and len(value) == len(first["boxes"])):
-                first[name] = _join([target[name] for target in kept])
-        outputs.append(first)
+            kept.append({name: _select(target[name], rows) for name in per_box})
+        joined = {name: _join([target[name] for target in kept]) for name in per_box}
+        outputs.append({**targets[sources[0]], **joined})
     return outputs
+
+
+def _per_box_fields(targets: Sequence[Mapping[str, Any]], mixed: Mixed) -> list[str]:
+    """Names of the fields that are as long as the boxes in every picture, checked.
+
+    In every picture, so that an image's size (H, W) is not taken for a field of two boxes.
+    """
+    names = set(targets[0])
+    if len(targets) != len(mixed) or any(set(each) != names for each in targets):
+        raise ValueError(
+            f"boxes: expected one dict for each of {len(mixed)} pictures, all with the same "
+            f"fields, got {len(targets)} with {sorted({str(n) for each in targets for n in each})}."
+            " Give pictures without boxes empty tensors, boxes of shape (0, 4)."
+        )
+    for each in targets:
+        boxes = each["boxes"]
+        if not isinstance(boxes, Tensor) or boxes.ndim != 2 or boxes.shape[1] != 4:
+            got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+            raise ValueError(
+                f"boxes: expected a tensor (n, 4) for each picture, got {got}. "
+                "Pass tv_tensors.BoundingBoxes, or x1, y1, x2, y2 in pixels."
+            )
+    return [name for name in targets[0] if all(_is_per_box(each, name) for each in targets)]
+
+
+def _is_per_box(target: Mapping[str, Any], name: str) -> bool:
+    return _has_length(target[name]) and len(target[name]) == len(target["boxes"])
 
 
 def _box_shares(boxes: Tensor, owned: Tensor) -> Tensor:

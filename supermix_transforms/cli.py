@@ -1,0 +1,163 @@
+"""The command ``supermix``: options over the package's public functions."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import get_args, get_type_hints
+
+import supermix_transforms
+from supermix_transforms.demo import (
+    MixSummary,
+    PictureFiles,
+    demo,
+    mix_pictures,
+    named_labeler,
+    print_summary,
+)
+from supermix_transforms.models import load_teacher
+from supermix_transforms.solver import SolverSettings
+
+DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
+MIX_EXAMPLE = """\
+example:
+  supermix mix --images photos/ --teacher timm/resnet50.a1_in1k --k 2 3 --count 64 --out mixes/
+
+The folder gets the mixed pictures (k2-00000.png, ...), labels.json and contact-sheet.png.
+A folder of pictures is read in a shuffled order, a tar in its own."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 2 for an error, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        # What a teacher's own code prints must not get into the JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            summary: MixSummary = arguments.run(arguments)
+        if arguments.json:
+            print(json.dumps(asdict(summary)))
+        else:
+            print_summary(summary)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"supermix: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("supermix: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> MixSummary:
+    return demo(arguments.out, seed=arguments.seed)
+
+
+def _mix(arguments: argparse.Namespace) -> MixSummary:
+    settings = SolverSettings(method=arguments.method, mask_size=arguments.mask_size)
+    teacher = load_teacher(arguments.teacher, weights=arguments.weights)
+    pictures = PictureFiles(
+        arguments.images,
+        size=arguments.size or teacher.size or 224,
+        seed=arguments.seed,
+        skip=arguments.out,
+    )
+    return mix_pictures(
+        pictures,
+        named_labeler(teacher, mean=arguments.mean, std=arguments.std, device=arguments.device),
+        out=arguments.out,
+        k=arguments.k or 2,
+        alpha=arguments.alpha,
+        partners=arguments.partners,
+        settings=settings,
+        seed=arguments.seed,
+        count=arguments.count,
+        batch_size=arguments.batch_size,
+        name=arguments.teacher,
+        class_names=teacher.class_names,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="supermix", description="Mix images under a teacher's supervision (SuperMix)."
+    )
+    version = f"%(prog)s {supermix_transforms.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = _command(
+        commands,
+        "demo",
+        "mix pictures inside packages with a teacher inside a package; no download",
+        DEMO_EXAMPLE,
+    )
+    command.set_defaults(run=_demo)
+    _output_options(command, out="supermix-demo")
+
+    command = _command(commands, "mix", "mix your own pictures with your own teacher", MIX_EXAMPLE)
+    command.set_defaults(run=_mix)
+    add = command.add_argument
+    add("--images", required=True, metavar="DIR|TAR", help="folder of pictures, or WebDataset tar")
+    add(
+        "--teacher",
+        required=True,
+        metavar="NAME",
+        help="timm/NAME, torchvision/NAME, pytorchcv/NAME, efficientnet-lite0, or FILE.py:FUNCTION "
+        "(a function without arguments; that file is run)",
+    )
+    add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
+    add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
+    add("--alpha", type=float, default=3.0, help="of the weights' Dirichlet distribution")
+    methods = get_args(get_type_hints(SolverSettings)["method"])
+    add("--method", choices=methods, default="fast", help="how masks are searched for")
+    add(
+        "--partners",
+        choices=("random", "matched"),
+        default="random",
+        help="matched: pictures that the teacher's class maps say mix well",
+    )
+    add("--mask-size", type=int, metavar="CELLS", help="a side; 8 up to 64 px, else 16")
+    add("--count", type=int, help="mixes for each k; one for each picture, if left out")
+    add("--size", type=int, metavar="PIXELS", help="side of the mixes; the teacher's own, or 224")
+    add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
+    add("--mean", type=float, nargs="+", help="of each channel in 0..1, instead of the teacher's")
+    add("--std", type=float, nargs="+", help="with --mean")
+    add("--device", help="cpu, cuda, ...; a GPU, if there is one")
+    _output_options(command, out=None)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=example,
+        formatter_class=_Formatter,
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Lines of the example stay as they are; defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _output_options(command: argparse.ArgumentParser, out: str | None) -> None:
+    add = command.add_argument
+    add("--out", required=out is None, default=out, metavar="DIR", help="made if it is not there")
+    add("--seed", type=int, default=0, help="of all random choices")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""The command line: what it prints where, its exit codes, and its errors."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from supermix_transforms import __version__
+from supermix_transforms.cli import main
+
+ROOT = Path(__file__).parents[1]
+TEACHER = """
+import torch
+
+print("a chatty teacher")
+
+
+class MeanColour(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = torch.nn.Linear(3, 3, bias=False)
+        self.classifier.weight.data = 20 * torch.eye(3)
+
+    def forward(self, images):
+        return self.classifier(images.mean(dim=(2, 3)))
+
+
+def colour():
+    return MeanColour()
+
+
+def function():
+    return lambda images: 20 * images.mean(dim=(2, 3))
+
+
+def number():
+    return 7
+
+
+def interrupted():
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Pictures are tiny here: a second thread would cost more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def colour(number: int) -> Image.Image:
+    return Image.new("RGB", (24, 24), tuple(220 if c == number % 3 else 20 for c in range(3)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with red, green and blue pictures in `photos`, and teachers in `teacher.py`."""
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    for number in range(5):
+        colour(number).save(tmp_path / "photos" / ("inner" if number > 2 else "") / f"{number}.png")
+    (tmp_path / "teacher.py").write_text(TEACHER)
+    return tmp_path
+
+
+def mix(folder, *options, teacher="colour", images="photos", out="out") -> int:
+    named = f"{folder / 'teacher.py'}:{teacher}" if "/" not in teacher else teacher
+    places = ["--images", str(folder / images), "--out", str(folder / out)]
+    return main(["mix", *places, "--teacher", named, "--size", "24", *options])
+
+
+def error_of(capsys) -> str:
+    """The one line on standard error, where nothing is on standard output."""
+    shown, errors = capsys.readouterr()
+    assert shown == ""
+    line = errors.splitlines()[-1]
+    assert line.startswith("supermix: error: ")
+    assert "Traceback" not in errors
+    return line.removeprefix("supermix: error: ")
+
+
+def files_in(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_mix_writes_mixes_labels_and_contact_sheet(folder, capsys):
+    assert mix(folder, "--k", "2", "3") == 0
+    names = sorted(files_in(folder / "out"))
+    mixes = [f"k{k}-0000{i}.png" for k in (2, 3) for i in range(5)]
+    assert names == ["contact-sheet.png", *mixes, "labels.json"]
+    shown, errors = capsys.readouterr()
+    assert "converged" in shown
+    assert str(folder / "out" / "labels.json") in shown
+    assert errors == "a chatty teacher\n"
+
+
+def test_json_is_one_object_and_nothing_else(folder, capsys):
+    assert mix(folder, "--json", "--count", "3", "--seed", "4") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["out"] == str(folder / "out")
+    assert summary["seed"] == 4
+    (row,) = summary["rows"]
+    assert (row["k"], row["mixes"]) == (2, 3)
+    assert set(row) == {
+        *("k", "mixes", "converged", "sparsity", "steps", "forwards", "backwards"),
+        "ms_per_picture",
+    }
+    assert Path(summary["labels"]).is_file()
+    assert Path(summary["contact_sheet"]).is_file()
+
+
+def test_options_reach_the_solver_and_the_draws(folder):
+    options = ["--method", "paper", "--mask-size", "4", "--alpha", "7", "--partners", "matched"]
+    assert mix(folder, *options, "--batch-size", "4", "--seed", "2") == 0
+    labels = json.loads((folder / "out" / "labels.json").read_text())
+    assert labels["solver"]["method"] == "paper"
+    assert labels["solver"]["mask_size"] == 4
+    assert labels["alpha"] == 7
+    assert labels["partners"] == "matched"
+    assert labels["batch_size"] == 4
+    assert labels["seed"] == 2
+
+
+def test_same_seed_same_bytes_wherever_the_pictures_are(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for path in [*(folder / "photos").rglob("*.png"), folder / "teacher.py"]:
+        copy = elsewhere / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    for place in (folder, elsewhere):
+        assert mix(place) == 0
+    one, two = files_in(folder / "out"), files_in(elsewhere / "out")
+    assert one.pop("labels.json") != b""  # it names the teacher, by its path
+    two.pop("labels.json")
+    assert one == two
+
+
+def test_pictures_come_from_a_tar(folder):
+    with tarfile.open(folder / "photos.tar", "w") as tar:
+        for number in range(4):
+            for suffix, content in (("png", png(colour(number))), ("cls", b"1")):
+                member = tarfile.TarInfo(f"n{number}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert mix(folder, images="photos.tar") == 0
+    mixes = json.loads((folder / "out" / "labels.json").read_text())["mixes"]
+    assert [entry["sources"][0]["name"] for entry in mixes] == [f"n{i}.png" for i in range(4)]
+
+
+def png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def test_mean_and_std_replace_the_teachers(folder):
+    for out, options in (("a", []), ("b", ["--mean", "0.5", "--std", "0.1"])):
+        assert mix(folder, "--count", "1", *options, out=out) == 0
+    a, b = (json.loads((folder / out / "labels.json").read_text())["mixes"] for out in "ab")
+    assert a[0]["teacher"] != b[0]["teacher"]
+
+
+def test_mixes_inside_the_folder_of_pictures_are_not_mixed_again(folder):
+    for _ in range(2):
+        assert mix(folder, out="photos/out") == 0
+    mixes = json.loads((folder / "photos" / "out" / "labels.json").read_text())["mixes"]
+    assert len(mixes) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "1"], "k: expected an integer of at least 2 images a mix, got 1."),
+        (["--k", "6"], "images: expected at least k = 6 pictures, got 5. Pass more pictures"),
+        (["--alpha", "-1"], "alpha: expected a positive number"),
+        (["--mask-size", "40"], "mask_size: expected at most 24 cells"),
+        (["--mask-size", "0"], "mask_size: expected an integer of at least 1, got 0"),
+        (["--count", "0"], "count: expected at least 1 mix"),
+        (["--batch-size", "1"], "batch_size: expected at least k = 2 pictures, got 1"),
+        (["--size", "-3"], "size: expected at least 1 pixel, got -3"),
+        (["--mean", "0.5"], "expected mean and std together"),
+        (["--weights", "nowhere.pt"], "weights: expected"),
+    ],
+)
+def test_a_bad_option_is_one_line_on_standard_error(folder, capsys, options, message):
+    assert mix(folder, *options) == 2
+    assert error_of(capsys).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("missing", "no 'missing' in it"),
+        ("number", "teacher: expected a module or a callable, got int"),
+        ("nowhere/net", "teacher: expected timm/NAME"),
+    ],
+)
+def test_a_bad_teacher_is_one_line_on_standard_error(folder, capsys, teacher, message):
+    assert mix(folder, teacher=teacher) == 2
+    assert message in error_of(capsys)
+
+
+def test_matched_partners_of_a_plain_function_are_an_error(folder, capsys):
+    assert mix(folder, "--partners", "matched", teacher="function") == 2
+    assert error_of(capsys).startswith('partners="matched": expected a teacher whose')
+
+
+def test_a_torn_picture_is_named(folder, capsys):
+    path = folder / "photos" / "inner" / "torn.jpg"
+    colour(1).resize((64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert mix(folder) == 2
+    assert "got 'inner/torn.jpg', which Pillow can not read: " in error_of(capsys)
+
+
+def test_an_empty_folder_is_an_error(folder, capsys):
+    (folder / "empty").mkdir()
+    assert mix(folder, images="empty") == 2
+    assert error_of(capsys).startswith("images: expected pictures (.jpg, .jpeg, .png, .webp) in")
+
+
+def test_a_folder_that_is_not_there_is_an_error(folder, capsys):
+    assert mix(folder, images="nowhere") == 2
+    assert "which is not there. Check the path" in error_of(capsys)
+
+
+def test_an_output_that_is_a_file_is_an_error(folder, capsys):
+    assert mix(folder, out="teacher.py") == 2
+    assert error_of(capsys).startswith("out: expected a folder, got the file")
+
+
+def test_a_missing_extra_names_the_pip_line(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert mix(folder) == 2
+    assert 'pip install "supermix-transforms[plots]"' in error_of(capsys)
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    assert main(["demo", "--out", str(folder / "demo")]) == 2
+    assert 'pip install "supermix-transforms[demo]"' in error_of(capsys)
+
+
+def test_an_interrupt_ends_quietly_with_130(folder, capsys):
+    assert mix(folder, teacher="interrupted") == 130
+    shown, errors = capsys.readouterr()
+    assert shown == ""
+    assert errors.splitlines()[-1] == "supermix: interrupted"
+
+
+@pytest.mark.parametrize("command", ["demo", "mix"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  supermix {command} " in shown
+    assert "--json" in shown
+
+
+def test_the_example_of_mix_is_a_command_line_that_parses(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["mix", "--help"])
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if "supermix mix --i" in each)
+    words = line.split()[1:]
+    assert main([*words[:-1], str(folder)]) == 2  # photos/ is not here
+    assert "error: " in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"supermix {__version__}\n"
+
+
+@pytest.mark.parametrize("line", [[], ["nonsense"], ["mix"], ["demo", "--seed", "x"]])
+def test_a_line_that_does_not_parse_ends_with_2(line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    assert "usage: supermix" in capsys.readouterr().err
+
+
+def test_as_a_process(folder):
+    command = [sys.executable, "-m", "supermix_transforms.cli", "mix", "--json", "--size", "24"]
+    command += ["--images", str(folder / "photos"), "--out", str(folder / "out")]
+    command += ["--teacher", f"{folder / 'teacher.py'}:colour"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["mixes"] == 5
+    assert done.stderr == "a chatty teacher\n"

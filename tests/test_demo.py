@@ -1,0 +1,487 @@
+"""The demo and what it is made of: reading pictures, mixing them, writing them down."""
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from supermix_transforms.demo import (
+    DEMO_FILES,
+    PictureFiles,
+    demo,
+    demo_pictures,
+    mix_pictures,
+    named_labeler,
+    print_summary,
+    write_atomically,
+)
+from supermix_transforms.models import NamedTeacher
+from supermix_transforms.solver import SolverSettings
+from supermix_transforms.teacher import TeacherLabeler
+
+COLOURS = ("red", "green", "blue")
+
+
+class MeanColour(nn.Module):
+    """Three classes, the brightest colour on the average; has class maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(3, 3, bias=False)
+        self.classifier.weight.data = 20 * torch.eye(3)
+
+    def forward(self, images):
+        return self.classifier(images.mean(dim=(2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Pictures are tiny here: a second thread would cost more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def colours(count: int, side: int = 24) -> list[tuple[str, torch.Tensor]]:
+    """Noisy pictures, red, green, blue and so on."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = []
+    for i in range(count):
+        picture = torch.randint(0, 60, (3, side, side), dtype=torch.uint8, generator=generator)
+        picture[i % 3] += 150
+        pictures.append((f"{COLOURS[i % 3]}-{i}", picture))
+    return pictures
+
+
+def mix(out, pictures=None, teacher=None, **options):
+    labeler = teacher or TeacherLabeler(MeanColour())
+    return mix_pictures(colours(6) if pictures is None else pictures, labeler, out=out, **options)
+
+
+def read_labels(out) -> dict:
+    return json.loads((out / "labels.json").read_text(encoding="utf-8"))
+
+
+def save(path, colour=(200, 30, 30), size=(24, 24), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+# -- mixing and writing ----------------------------------------------------------------------------
+
+
+def test_every_mix_is_written_and_described(tmp_path):
+    summary = mix(tmp_path / "new" / "out", class_names=COLOURS, name="mean-colour", seed=3)
+    out = tmp_path / "new" / "out"
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["contact-sheet.png", *(f"k2-0000{i}.png" for i in range(6)), "labels.json"]
+    labels = read_labels(out)
+    assert labels["teacher"] == "mean-colour"
+    assert labels["seed"] == 3
+    assert [entry["file"] for entry in labels["mixes"]] == files[1:7]
+    for entry in labels["mixes"]:
+        assert len({source["name"] for source in entry["sources"]}) == 2
+        for source in entry["sources"]:
+            assert source["name"].startswith(source["class"])
+            assert COLOURS[source["label"]] == source["class"]
+        assert sum(entry["weights"]) == pytest.approx(1, abs=1e-5)
+        assert sum(seen["probability"] for seen in entry["teacher"]) == pytest.approx(1, abs=1e-5)
+        assert entry["outcome"] == "converged"
+    row = summary.rows[0]
+    assert (row.k, row.mixes, row.converged) == (2, 6, 6)
+    assert row.sparsity == pytest.approx(np.mean([e["sparsity"] for e in labels["mixes"]]))
+    assert row.forwards == pytest.approx(np.mean([e["forwards"] for e in labels["mixes"]]))
+    assert row.ms_per_picture > 0
+
+
+def test_the_teacher_says_of_a_written_file_what_the_labels_say(tmp_path):
+    mix(tmp_path, class_names=COLOURS)
+    labeler = TeacherLabeler(MeanColour())
+    for entry in read_labels(tmp_path)["mixes"]:
+        with Image.open(tmp_path / entry["file"]) as image:
+            picture = torch.from_numpy(np.array(image)).movedim(-1, 0)
+        indices, log_probs, _ = labeler(picture[None]).top(3)
+        assert indices[0].tolist() == [seen["label"] for seen in entry["teacher"]]
+        expected = [seen["probability"] for seen in entry["teacher"]]
+        assert log_probs[0].exp().tolist() == pytest.approx(expected, abs=1e-5)
+        wanted = {source["label"] for source in entry["sources"]}
+        assert set(indices[0, :2].tolist()) == wanted
+
+
+def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        mix(tmp_path / name, seed=seed)
+    contents = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two", "three")
+    }
+    assert contents["one"] == contents["two"]
+    assert contents["one"].keys() == contents["three"].keys()
+    assert contents["one"]["labels.json"] != contents["three"]["labels.json"]
+
+
+def test_several_k_are_done_in_turn(tmp_path):
+    summary = mix(tmp_path, k=(2, 3), count=2)
+    assert [(row.k, row.mixes) for row in summary.rows] == [(2, 2), (3, 2)]
+    assert [entry["k"] for entry in read_labels(tmp_path)["mixes"]] == [2, 2, 3, 3]
+    assert len(read_labels(tmp_path)["mixes"][-1]["sources"]) == 3
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 14])
+def test_count_is_met_with_other_mixes_each_time_around(tmp_path, count):
+    mix(tmp_path, colours(4), count=count)
+    entries = read_labels(tmp_path)["mixes"]
+    assert len(entries) == count
+    assert len({str(entry["weights"]) for entry in entries}) == count
+
+
+@pytest.mark.parametrize(("pictures", "batch_size"), [(7, 3), (9, 3), (5, 4), (4, 4), (13, 4)])
+def test_each_picture_has_its_mix_whatever_the_batch_size(tmp_path, pictures, batch_size):
+    mix(tmp_path, colours(pictures), k=3, batch_size=batch_size)
+    firsts = [entry["sources"][0]["name"] for entry in read_labels(tmp_path)["mixes"]]
+    assert firsts == [name for name, _ in colours(pictures)]
+
+
+def test_pictures_are_read_only_as_far_as_they_are_needed(tmp_path):
+    taken = []
+
+    def many():
+        for number, picture in enumerate(colours(60)):
+            taken.append(number)
+            yield picture
+
+    mix(tmp_path, many(), count=7, batch_size=4)
+    assert len(taken) == 4 + 4 + 2
+
+
+def test_matched_partners_come_from_the_class_maps(tmp_path):
+    mix(tmp_path, partners="matched")
+    for entry in read_labels(tmp_path)["mixes"]:
+        assert len({source["label"] for source in entry["sources"]}) == 2
+
+
+def test_the_contact_sheet_shows_eight_mixes(tmp_path, monkeypatch):
+    shown = []
+
+    def sheet(panels):
+        shown.extend(panels)
+        return contact_sheet(panels[:1])
+
+    from supermix_transforms.plots import contact_sheet
+
+    monkeypatch.setattr("supermix_transforms.demo.contact_sheet", sheet)
+    mix(tmp_path, colours(12), k=(2, 3), batch_size=3)
+    assert [len(panel.names) for panel in shown] == [2] * 4 + [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 1}, "k: expected an integer of at least 2"),
+        ({"k": ()}, "k: expected at least one number of images a mix, got none"),
+        ({"alpha": -1.0}, "alpha: expected a positive number"),
+        ({"partners": "best"}, "partners: expected .* got 'best'"),
+        ({"count": 0}, "count: expected at least 1 mix, or None, got 0"),
+        ({"k": (2, 4), "batch_size": 3}, "batch_size: expected at least k = 4 pictures, got 3"),
+        ({"k": 7}, "images: expected at least k = 7 pictures, got 6. Pass more pictures"),
+        ({"pictures": []}, "images: expected at least k = 2 pictures, got 0"),
+        (
+            {"pictures": colours(2) + colours(2, 9)},
+            r"of one size, got torch.uint8 \(3, 24, 24\), torch.uint8 \(3, 9, 9\). Resize",
+        ),
+        (
+            {"pictures": [(name, picture / 255) for name, picture in colours(3)]},
+            "expected uint8 pictures",
+        ),
+        (
+            {"partners": "matched", "teacher": TeacherLabeler(lambda x: x.mean(dim=(2, 3)))},
+            'partners="matched": expected a teacher whose logits are linear',
+        ),
+        (
+            {"settings": SolverSettings(mask_size=25)},
+            "mask_size: expected at most 24 cells for pictures of 24 x 24, got 25",
+        ),
+    ],
+)
+def test_bad_input_says_what_was_expected(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        mix(tmp_path, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="out: expected a folder, got the file"):
+        mix(tmp_path / "file")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+        with pytest.raises(OSError, match="disk is full"):
+            write_atomically(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_labels_of_an_earlier_run_do_not_outlive_its_pictures(tmp_path):
+    mix(tmp_path)
+    assert (tmp_path / "labels.json").is_file()
+    odd = ("odd", torch.zeros(3, 5, 5, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="of one size"):
+        mix(tmp_path, [*colours(6), odd], seed=1, batch_size=3)
+    assert (tmp_path / "k2-00000.png").is_file()
+    assert not (tmp_path / "labels.json").exists()
+
+
+def test_a_link_in_the_output_folder_is_replaced_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "labels.json").symlink_to(outside)
+    mix(tmp_path / "out", count=1)
+    assert outside.read_text() == "mine"
+    assert read_labels(tmp_path / "out")["mixes"]
+
+
+def test_the_summary_is_a_table_with_a_row_for_each_k(tmp_path, capsys):
+    print_summary(mix(tmp_path, k=(2, 3)))
+    shown, errors = capsys.readouterr()
+    assert shown.split()[:8] == [
+        *("k", "mixes", "converged", "L_s", "steps", "forwards", "backwards", "ms/picture"),
+    ]
+    rows = [line.split() for line in shown.splitlines() if len(line.split()) == 8][1:]
+    assert [row[:3] for row in rows] == [["2", "6", "100%"], ["3", "6", "100%"]]
+    assert str(tmp_path / "contact-sheet.png") in shown
+    assert errors == ""  # no progress where there is no terminal
+
+
+# -- teachers by name ------------------------------------------------------------------------------
+
+
+def test_a_named_teacher_keeps_its_normalisation_unless_told_otherwise():
+    named = NamedTeacher(lambda images: images.mean(dim=(2, 3)), (0.5,) * 3, (0.25,) * 3, 8)
+    images = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    assert named_labeler(named).logits(images).tolist() == [[2.0] * 3]
+    other = named_labeler(named, mean=(0.0,) * 3, std=(0.5,) * 3)
+    assert other.logits(images).tolist() == [[2.0] * 3]
+    assert named_labeler(named, mean=(0.0,), std=(1.0,)).logits(images).tolist() == [[1.0] * 3]
+
+
+def test_mean_without_std_is_an_error():
+    named = NamedTeacher(lambda images: images, (0.5,) * 3, (0.5,) * 3, 8)
+    with pytest.raises(ValueError, match="expected mean and std together"):
+        named_labeler(named, mean=(0.5,) * 3)
+
+
+def test_a_teacher_that_can_not_be_called_is_an_error():
+    with pytest.raises(ValueError, match="teacher: expected a module or a callable, got dict"):
+        named_labeler(NamedTeacher({}))
+
+
+# -- reading pictures ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_to_any_depth_in_an_order_of_the_seed(tmp_path):
+    names = ["a/1.jpg", "a/2.JPEG", "b/c/3.png", "4.webp", "b/5.Png", "6.jpg"]
+    for name in names:
+        save(tmp_path / name)
+    (tmp_path / "note.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    orders = {
+        seed: [name for name, _ in PictureFiles(tmp_path, size=24, seed=seed)] for seed in range(4)
+    }
+    assert all(sorted(order) == sorted(names) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) > 1
+    again = PictureFiles(tmp_path, size=24, seed=1)
+    assert [name for name, _ in again] == [name for name, _ in again] == orders[1]
+
+
+def test_earlier_mixes_inside_the_folder_are_left_out(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "mixes" / "k2-00000.png")
+    files = PictureFiles(tmp_path, size=24, skip=tmp_path / "mixes")
+    assert [name for name, _ in files] == ["a.png"]
+    outer = PictureFiles(tmp_path / "mixes", size=24, skip=tmp_path)
+    assert [name for name, _ in outer] == ["k2-00000.png"]
+
+
+def test_pictures_are_cut_from_the_middle(tmp_path):
+    wide = np.zeros((64, 192, 3), dtype=np.uint8)
+    wide[:, 64:128] = 200  # the middle square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    ((_, picture),) = PictureFiles(tmp_path, size=28)
+    assert picture.shape == (3, 28, 28)
+    assert picture.dtype == torch.uint8
+    assert (picture == 200).all()
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
+    ((_, expected),) = colours(1)
+    Image.fromarray(expected.movedim(0, -1).numpy()).save(tmp_path / "a.png")
+    ((_, picture),) = PictureFiles(tmp_path, size=24)
+    assert torch.equal(picture, expected)
+
+
+def test_pictures_stand_upright(tmp_path):
+    image = Image.new("RGB", (24, 24))
+    image.paste((255, 255, 255), (0, 0, 24, 12))  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    ((_, picture),) = PictureFiles(tmp_path, size=24)
+    assert picture[:, :12].max() == 0
+    assert picture[:, 12:].min() == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image = Image.new("RGB", (24, 24), (255, 255, 255)).convert(mode)
+    options = {"transparency": bytes([0] * 256)} if mode == "P" else {}
+    image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), **options)
+    ((_, picture),) = PictureFiles(tmp_path, size=24)
+    assert picture.shape == (3, 24, 24)
+    assert picture.min() >= 250
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_a_picture_that_can_not_be_read_is_named(tmp_path, content):
+    path = save(tmp_path / "b" / "torn.jpg", size=(64, 64))
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(ValueError, match=r"got 'b/torn.jpg', which Pillow can not read: \w+.*"):
+        list(PictureFiles(tmp_path))
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path):
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(ValueError, match=r"images: expected pictures \(.jpg, .jpeg, .png, .webp\)"):
+        list(PictureFiles(tmp_path))
+
+
+def test_a_path_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"got '.*nowhere', which is not there. Check the path"):
+        PictureFiles(tmp_path / "nowhere")
+
+
+def test_a_size_of_no_pixels_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="size: expected at least 1 pixel, got 0"):
+        PictureFiles(tmp_path, size=0)
+
+
+class Bomb:
+    """Tells when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("import sys; sys.bomb_went_off = True",))
+
+
+def write_tar(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def encoded(colour=(200, 30, 30), size=(24, 24)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_tar_gives_its_pictures_and_opens_no_pickle(tmp_path):
+    members = {
+        "n/1.png": encoded((250, 0, 0)),
+        "n/1.cls": b"7",
+        "n/1.pyd": pickle.dumps(Bomb()),
+        "n/1.pth": pickle.dumps(Bomb()),
+        "n/2.png": encoded((0, 250, 0)),
+        "n/2.json": b"not even JSON",
+        "n/3.input.PNG": encoded((0, 0, 250)),
+    }
+    files = PictureFiles(write_tar(tmp_path / "shard: 1#2?.tar", members), size=24)
+    assert [name for name, _ in files] == ["n/1.png", "n/2.png", "n/3.input.PNG"]
+    assert [picture[:, 0, 0].tolist() for _, picture in files] == [
+        [250, 0, 0],
+        [0, 250, 0],
+        [0, 0, 250],
+    ]
+    assert not hasattr(sys, "bomb_went_off")
+
+
+def test_a_torn_picture_in_a_tar_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.png": encoded(), "2.png": encoded()[:-30]})
+    with pytest.raises(ValueError, match=r"got '2.png', which Pillow can not read"):
+        list(PictureFiles(path, size=24))
+
+
+@pytest.mark.parametrize("content", [b"no tar at all" * 99, b""])
+def test_a_file_that_is_no_tar_is_an_error(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"images: expected a folder or a whole tar file, got '.*'"
+    ):
+        list(PictureFiles(tmp_path / "a.tar"))
+
+
+def test_a_tar_without_pictures_is_an_error(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.txt": b"words", "1.cls": b"3"})
+    with pytest.raises(ValueError, match="expected pictures"):
+        list(PictureFiles(path))
+
+
+def test_a_tar_may_be_left_half_read(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.png": encoded() for i in range(9)})
+    mix(tmp_path / "out", PictureFiles(path, size=24), count=1, batch_size=2)
+
+
+# -- the demo itself -------------------------------------------------------------------------------
+
+
+def test_demo_pictures_come_from_the_package_without_a_download():
+    pictures = demo_pictures(32)
+    assert [name for name, _ in pictures] == list(DEMO_FILES)
+    assert all(picture.shape == (3, 32, 32) for _, picture in pictures)
+
+
+def test_missing_scikit_image_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(ImportError, match=r'pip install "supermix-transforms\[demo\]"'):
+        demo_pictures()
+
+
+@pytest.mark.slow
+def test_demo_mixes_packaged_pictures_with_the_packaged_teacher(tmp_path):
+    summary = demo(tmp_path)
+    assert [(row.k, row.mixes) for row in summary.rows] == [(2, 5), (3, 5)]
+    assert sum(row.converged for row in summary.rows) >= 9
+    assert [row.sparsity <= limit for row, limit in zip(summary.rows, (0.071, 0.101), strict=True)]
+    names = {
+        "chelsea.png": "tiger cat",
+        "coffee.png": "espresso",
+        "rocket.jpg": "missile",
+        "motorcycle_left.png": "moped",
+        "camera.png": "tripod",
+    }
+    for entry in read_labels(tmp_path)["mixes"]:
+        for source in entry["sources"]:
+            assert source["class"] == names[source["name"]]
+        if entry["outcome"] == "converged":
+            top = {seen["label"] for seen in entry["teacher"][: entry["k"]]}
+            assert top == {source["label"] for source in entry["sources"]}
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.width > 900
+        assert sheet.height > 2000

@@ -1,0 +1,165 @@
+"""Losses: closed forms, gradients against finite differences, half types."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import slow_masks, slow_objective
+from torch.testing import assert_close
+
+from supermix_transforms.losses import (
+    kd_loss,
+    kl_divergence,
+    mixing_objective,
+    sparsity,
+    supermix_loss,
+)
+from supermix_transforms.masks import blend, render
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def random_targets(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand(rows, classes, dtype=dtype).softmax(dim=1)
+
+
+# -- sparsity (Eq. 5) ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_sparsity_is_0_for_one_owner_and_largest_for_even_masks(k):
+    owner = torch.randint(k, (5, 9, 7))
+    one_hot = F.one_hot(owner, k).permute(0, 3, 1, 2).float()
+    assert_close(sparsity(one_hot), torch.zeros(5))
+    assert_close(sparsity(torch.full((5, k, 9, 7), 1 / k)), torch.full((5,), (k - 1) / k**2))
+    between = sparsity(torch.randn(5, k, 9, 7).softmax(dim=1))
+    assert ((between > 0) & (between < (k - 1) / k**2)).all()
+
+
+def test_sparsity_is_of_each_row():
+    masks = torch.rand(5, 2, 9, 7)
+    expected = torch.stack([(m * (m - 1)).abs().sum() / (2 * 9 * 7) for m in masks])
+    assert_close(sparsity(masks), expected)
+
+
+# -- KL --------------------------------------------------------------------------------------------
+
+
+def test_kl_is_0_at_the_target_and_positive_elsewhere():
+    target = random_targets(5, 4)
+    assert_close(kl_divergence(target.log(), target), torch.zeros(5), atol=1e-6, rtol=0)
+    assert_close(kl_divergence(target.log() + 3, target), torch.zeros(5), atol=1e-6, rtol=0)
+    assert (kl_divergence(torch.randn(5, 4), target) > 0).all()
+
+
+def test_kl_has_the_order_that_is_finite_for_a_target_with_zeros():
+    target = torch.tensor([[0.25, 0.75, 0.0, 0.0]])
+    expected = 0.25 * math.log(0.25 / 0.25) + 0.75 * math.log(0.75 / 0.25)
+    assert_close(kl_divergence(torch.zeros(1, 4), target), torch.tensor([expected]))
+
+
+def test_kl_of_a_one_hot_target_is_cross_entropy():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3])
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    assert_close(kl_divergence(logits, F.one_hot(labels, 4).float()), expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_logits_are_widened_before_the_softmax(dtype):
+    logits = (100 * torch.randn(5, 40)).to(dtype)  # a softmax in fp16 gives 0, its logarithm -inf
+    target = random_targets(5, 40)
+    loss = kl_divergence(logits, target)
+    assert loss.dtype == torch.float32
+    assert_close(loss, kl_divergence(logits.float(), target), rtol=0, atol=0)
+    student = supermix_loss(logits, target.to(dtype), logits, target)
+    assert student.dtype == torch.float32
+    assert student.isfinite()
+    distilled = kd_loss(logits, target.to(dtype), torch.arange(5))
+    assert distilled.dtype == torch.float32
+    assert distilled.isfinite()
+
+
+# -- the objective (Eq. 3) -------------------------------------------------------------------------
+
+
+def test_the_objective_is_kl_plus_weighted_sparsity_of_each_row():
+    logits, target = torch.randn(5, 4), random_targets(5, 4)
+    m = torch.randn(5, 2, 3, 3)
+    objective = mixing_objective(logits, target, render(m, (9, 7), "sigmoid"), lambda_s=25.0)
+    expected = [
+        slow_objective(logits[b], target[b], slow_masks(m[b], (9, 7)), 25.0) for b in range(5)
+    ]
+    assert_close(objective, torch.stack(expected))
+
+
+@pytest.mark.parametrize("how", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_objectives_gradient_agrees_with_finite_differences(how, k):
+    images = torch.rand(2, k, 3, 5, 4, dtype=torch.float64)
+    head = torch.randn(3 * 5 * 4, 4, dtype=torch.float64)
+    target = random_targets(2, 4, torch.float64)
+
+    def objective(z):
+        masks = render(z, (5, 4), how)
+        logits = (blend(images, masks).flatten(1) @ head).sin() * 2  # not linear, smooth
+        return mixing_objective(logits, target, masks, lambda_s=25.0)
+
+    z = torch.randn(2, k, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert objective(z).dtype == torch.float64
+    assert torch.autograd.gradcheck(objective, (z,))
+
+
+# -- the student's losses (Eq. 8, 9) ---------------------------------------------------------------
+
+
+def test_supermix_loss_is_the_sum_of_two_means():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3])
+    mixed_logits, targets = torch.randn(3, 4), random_targets(3, 4)
+    expected = F.cross_entropy(logits, labels) + F.cross_entropy(mixed_logits, targets)
+    assert_close(supermix_loss(logits, labels, mixed_logits, targets), expected)
+    hard = targets.argmax(dim=1)
+    assert_close(
+        supermix_loss(logits, F.one_hot(labels, 4).float(), mixed_logits, hard),
+        F.cross_entropy(logits, labels) + F.cross_entropy(mixed_logits, hard),
+    )
+
+
+def test_no_mixes_add_nothing_and_keep_the_graph():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3])
+    none = torch.zeros(0, 4, requires_grad=True)
+    loss = supermix_loss(logits, labels, none, torch.zeros(0, 4))
+    assert_close(loss, F.cross_entropy(logits, labels).requires_grad_())
+    loss.backward()  # every rank must take part in the backward
+    assert none.grad is not None
+
+
+def test_kd_loss_has_tau_squared_once():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3])
+    teacher = random_targets(5, 4)
+    tau = 3.0
+    soft = -(teacher * (logits / tau).log_softmax(dim=1)).sum(dim=1).mean()
+    for weight in (0.0, 0.1, 1.0):
+        expected = (1 - weight) * F.cross_entropy(logits, labels) + weight * tau**2 * soft
+        assert_close(
+            kd_loss(logits, teacher, labels, temperature=tau, weight=weight), expected
+        )
+
+
+def test_kd_gradients_keep_their_size_over_temperatures():
+    """What tau squared is for: soft targets' gradients shrink by 1 / tau**2."""
+    sizes = []
+    for tau in (20.0, 40.0):
+        logits = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+        teacher = (torch.tensor([[-1.0, 2.0, 0.5]]) / tau).softmax(dim=1)
+        kd_loss(logits, teacher, torch.tensor([0]), temperature=tau, weight=1.0).backward()
+        sizes.append(logits.grad.norm())
+    assert_close(sizes[0], sizes[1], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_kd_loss_wants_a_positive_temperature(temperature):
+    with pytest.raises(ValueError, match=r"temperature: expected a positive number, got"):
+        kd_loss(
+            torch.zeros(1, 2), torch.full((1, 2), 0.5), torch.tensor([0]), temperature=temperature
+        )

@@ -1,0 +1,822 @@
+"""The solver: Algorithm 1 against a slow reference, and what every row is owed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import algorithm_1
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from supermix_transforms.batch import ClassMaps, Mixed, Outcome
+from supermix_transforms.losses import kl_divergence, mixing_objective
+from supermix_transforms.masks import blur, mix_images, render
+from supermix_transforms.mixing import supermix
+from supermix_transforms.solver import (
+    METHODS,
+    SolverSettings,
+    margins,
+    newton_step,
+    saliency,
+    solve,
+)
+
+BOTH = pytest.mark.parametrize("method", ["paper", "fast"])
+KINDS = pytest.mark.parametrize("kind", ["paper", "saliency", "maps"])
+CELLS = (3, 4)  # the grid on which `Cells` looks
+
+
+class Cells(nn.Module):
+    """A teacher whose logits are linear in averaged class maps, so that it has them."""
+
+    def __init__(self, channels: int = 3, classes: int = 6) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        features = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        features.weight = nn.Parameter(torch.randn(16, channels, 3, 3, generator=generator))
+        self.features = nn.Sequential(features, nn.Tanh(), nn.AdaptiveAvgPool2d(CELLS))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, classes)
+        self.head.weight = nn.Parameter(4 * torch.randn(classes, 16, generator=generator))
+        self.head.bias = nn.Parameter(torch.zeros(classes))
+        with torch.no_grad():  # so that every class has pictures
+            self.head.bias -= self(smooth_noise(400, channels, (9, 7))).mean(dim=0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.pool(self.features(images)).flatten(1))
+
+    def maps(self, images: Tensor) -> ClassMaps:
+        with torch.no_grad():
+            return ClassMaps(self.features(images), self.head.weight, self.head.bias)
+
+
+def smooth_noise(count: int, channels: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    noise = torch.rand(count, channels, 3, 3, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(noise, size, mode="bilinear")
+
+
+def pictures(teacher, *, each: int = 2, channels: int = 3, size=(9, 7), seed: int = 0) -> Tensor:
+    """For each class of `teacher` that noise can show, `each` pictures of it."""
+    noise = smooth_noise(400, channels, size, seed)
+    with torch.no_grad():
+        classes = teacher(noise).argmax(dim=1)
+    found = [noise[classes == c][:each] for c in range(int(classes.max()) + 1)]
+    return torch.cat([rows for rows in found if len(rows) == each])
+
+
+def tuples(images: Tensor, k: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Every picture with the next classes' ones; weights that differ."""
+    count = len(images)
+    sources = torch.stack([(torch.arange(count) + 2 * i) % count for i in range(k)], dim=1)
+    weights = torch.rand(count, k, generator=torch.Generator().manual_seed(seed)) + 0.5
+    return {"sources": sources, "weights": weights / weights.sum(dim=1, keepdim=True)}
+
+
+def run(images: Tensor, teacher, *, kind: str = "paper", k: int = 2, **given) -> Mixed:
+    """Solve all of `tuples(images, k)`, or what is given."""
+    names = ("sources", "weights", "originals")
+    parts = tuples(images, k) | {name: given.pop(name) for name in names if name in given}
+    if "originals" not in parts:
+        with torch.no_grad():
+            floats = images / 255 if images.dtype == torch.uint8 else images
+            parts["originals"] = teacher(floats).float()
+    maps = teacher.maps(images) if kind == "maps" else None
+    settings = SolverSettings(**{"method": "paper" if kind == "paper" else "fast", **given})
+    return solve(images, teacher, **parts, settings=settings, maps=maps)
+
+
+def check_finite(mixed: Mixed) -> None:
+    for name, value in vars(mixed).items():
+        if isinstance(value, Tensor):
+            assert value.float().isfinite().all(), name
+    assert mixed.masks.isfinite().all()
+
+
+def rows_of(mixed: Mixed, rows, *, but: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    part = mixed[torch.as_tensor(rows)]
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor) and name not in but
+    }
+
+
+class Spy:
+    """Counts forwards and backwards by row; the last channel names the row.
+
+    All pictures of a tuple carry the same number there, so their mix does, whatever its masks.
+    """
+
+    def __init__(self, teacher) -> None:
+        self.teacher = teacher
+        self.asked: list[list[int]] = []  # of each forward
+        self.graph: list[bool] = []
+        self.backwards: list[int] = []  # rows of each backward
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.asked.append(images[:, -1].mean(dim=(1, 2)).round().int().tolist())
+        self.graph.append(images.requires_grad and torch.is_grad_enabled())
+        logits = self.teacher(images[:, :-1])
+        if logits.requires_grad:
+            count = len(images)
+            logits.register_hook(lambda _: self.backwards.append(count))
+        return logits
+
+    @staticmethod
+    def name_rows(images: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures of their own for each tuple, with its number in a further channel."""
+        rows, k = parts["sources"].shape
+        own = images[parts["sources"].flatten()]
+        names = torch.arange(rows).repeat_interleave(k).float()[:, None, None, None]
+        own = torch.cat([own, names.expand(-1, 1, *own.shape[2:])], dim=1)
+        return own, {**parts, "sources": torch.arange(rows * k).view(rows, k)}
+
+
+# -- the Newton step (Eq. 6, 7) --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("limits", [None, (1e-4, 2000.0)])
+def test_one_newton_step_zeroes_a_linear_objective(sigma, limits):
+    slope = torch.randn(5, 2, 4, 4)
+    z = torch.randn(5, 2, 4, 4)
+
+    def objective(z):
+        return (slope * z).sum(dim=(1, 2, 3)) + 20
+
+    step = newton_step(objective(z), slope, sigma, limits)
+    assert_close(objective(z + step), torch.zeros(5), atol=2e-5, rtol=0)
+    # smooth: along the blurred gradient, downhill
+    smooth = blur(slope, sigma)
+    assert_close(step / smooth, (step / smooth)[:, :1, :1, :1].expand_as(step), rtol=1e-3, atol=1e-3)
+    assert ((step * slope).sum(dim=(1, 2, 3)) < 0).all()
+
+
+def test_a_vanishing_gradient_gives_no_step():
+    for limits in (None, (1e-4, 2000.0)):
+        for loss in (torch.ones(2), torch.zeros(2)):
+            assert (newton_step(loss, torch.zeros(2, 2, 4, 4), 1.0, limits) == 0).all()
+
+
+def test_the_papers_step_length_is_clamped():
+    slope = torch.full((3, 2, 4, 4), 1.0)
+    slope[1] = 1e-4
+    slope[2] = 1e-9
+    loss = torch.tensor([1e-9, 1e6, 1.0])
+    step = newton_step(loss, slope, 0.0, (1e-4, 2000.0))
+    assert_close(step[:, 0, 0, 0], torch.tensor([-1e-4, -2000 * 1e-4, -2000 * 1e-9]))
+
+
+def test_margins_are_the_lead_of_the_least_member():
+    logits = torch.tensor([[5.0, 3.0, 1.0, 2.0], [5.0, 3.0, 1.0, 2.0]])
+    members = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    assert_close(margins(logits, members), torch.tensor([1.0, -2.0]))
+
+
+# -- Algorithm 1 against the reference -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "size", "mask_size", "sigma"),
+    [(2, (9, 7), None, None), (2, (8, 8), 4, 0.8), (3, (9, 7), 5, 1.5), (3, (7, 12), None, None)],
+)
+def test_the_papers_method_is_algorithm_1(k, size, mask_size, sigma):
+    teacher = Cells()
+    images = pictures(teacher, size=size)
+    parts = tuples(images, k)
+    cells = mask_size or min(size)
+    expected = [
+        algorithm_1(
+            images[sources],
+            weights,
+            teacher,
+            mask_size=cells,
+            sigma=cells / 8 if sigma is None else sigma,
+            max_steps=5,
+        )
+        for sources, weights in zip(parts["sources"], parts["weights"], strict=True)
+    ]
+    for steps in range(6):
+        mixed = run(images, teacher, k=k, mask_size=mask_size, sigma=sigma, max_steps=steps)
+        for row, (path, done) in enumerate(expected):
+            taken = min(steps, len(path) - 1)
+            masks, mix = path[taken]
+            assert_close(mixed.masks[row], masks, atol=1e-4, rtol=0)
+            assert_close(mixed.images[row], mix, atol=1e-4, rtol=0)
+            assert int(mixed.steps[row]) == taken
+            assert bool(mixed.converged[row]) == (done and taken == len(path) - 1)
+    # five steps were compared, and rows that ended before
+    assert any(len(path) == 6 for path, _ in expected)
+    assert any(done and len(path) < 6 for path, done in expected)
+
+
+def test_its_loss_is_the_objective_and_lambda_s_counts():
+    assert METHODS["paper"].normalisation == "sigmoid"
+    images = pictures(Cells())
+    soft, sharp = (run(images, Cells(), lambda_s=v, max_steps=4) for v in (0.0, 100.0))
+    assert not torch.equal(soft.mask_logits, sharp.mask_logits)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@KINDS
+def test_permuting_the_sources_permutes_the_masks(kind, k):
+    teacher = Cells()
+    images = pictures(teacher)
+    parts = tuples(images, k)
+    order = torch.tensor([1, 2, 0][:k] if k == 3 else [1, 0])
+    mixed = run(images, teacher, kind=kind, k=k, max_steps=3)
+    turned = run(
+        images,
+        teacher,
+        kind=kind,
+        k=k,
+        max_steps=3,
+        sources=parts["sources"][:, order],
+        weights=parts["weights"][:, order],
+    )
+    assert_close(turned.masks, mixed.masks[:, order], atol=2e-3, rtol=0)
+    assert_close(turned.images, mixed.images, atol=2e-3, rtol=0)
+    assert mixed.steps.float().mean() > 0.5  # something was searched
+
+
+# -- a teacher whose right answer is known ---------------------------------------------------------
+
+
+def halves(images: Tensor) -> Tensor:
+    """Class 3 * half + colour: the mean of each colour in the left half, then in the right."""
+    middle = images.shape[-1] // 2
+    left, right = images[..., :middle], images[..., middle:]
+    return 10 * torch.cat([left.mean(dim=(2, 3)), right.mean(dim=(2, 3))], dim=1)
+
+
+def one_half_each(size: int = 16) -> Tensor:
+    """Picture 0 is red on the left, picture 1 green on the right; the other halves mislead."""
+    images = torch.zeros(2, 3, size, size)
+    images[0, 0, :, : size // 2] = 1.0
+    images[0, 2, :, size // 2 :] = 0.95
+    images[1, 1, :, size // 2 :] = 1.0
+    images[1, 2, :, : size // 2] = 0.95
+    return images
+
+
+@BOTH
+@pytest.mark.parametrize("flip", [False, True])
+def test_each_picture_keeps_the_half_that_shows_its_class(method, flip):
+    images = one_half_each()
+    left, right = (1, 0) if flip else (0, 1)
+    mixed = run(
+        images,
+        halves,
+        method=method,
+        margin=5.0,  # half and half leads by 0.25
+        sources=torch.tensor([[1, 0] if flip else [0, 1]]),
+        weights=torch.tensor([[0.5, 0.5]]),
+    )
+    assert mixed.converged.all()
+    masks = mixed.masks[0]
+    # the lead of red over blue on the left is 10 m - 9.5 (1 - m): 5 of it needs m above 0.74
+    assert masks[left, :, :8].mean() > 0.74
+    assert masks[right, :, 8:].mean() > 0.74
+    assert mixed.images[0, 0, :, :8].mean() > 0.74
+    assert mixed.images[0, 1, :, 8:].mean() > 0.74
+    assert set(mixed.logits[0].topk(2).indices.tolist()) == {0, 4}
+
+
+def test_the_saliency_start_alone_finds_the_halves():
+    mixed = run(
+        one_half_each(),
+        halves,
+        method="fast",
+        max_steps=0,
+        sources=torch.tensor([[0, 1]]),
+        weights=torch.tensor([[0.5, 0.5]]),
+    )
+    # blurred by a cell, and as soft as L_s 0.07 asks for at the border
+    assert mixed.masks[0, 0, :, :5].min() > 0.9
+    assert mixed.masks[0, 1, :, 11:].min() > 0.9
+
+
+def test_saliency_is_the_size_of_the_gradient_on_the_grid():
+    cells = saliency(one_half_each(), halves, torch.tensor([0, 4]), 8, chunk=1)
+    assert_close(cells.mean(dim=(1, 2)), torch.ones(2))
+    assert (cells[0, :, :4].mean() > 10 * cells[0, :, 6:].mean()) & (cells[0, :, 7] < 0.01).all()
+    even = saliency(one_half_each(), lambda x: x.new_ones(len(x), 4), torch.tensor([0, 0]), 8)
+    assert (even == 1).all()
+
+
+def test_class_maps_start_the_search_where_the_classes_are():
+    teacher = Cells()
+    images = pictures(teacher)
+    start = run(images, teacher, kind="maps", max_steps=0)
+    blind = run(images, teacher, kind="paper", max_steps=0)
+    assert start.converged.sum() > blind.converged.sum()
+    assert (start.backwards == 0).all()
+    assert (start.forwards == 1).all()  # no saliency was asked for
+
+
+# -- what fast promises ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "sparsity"), [(2, 0.07), (3, 0.10), (4, 0.12)])
+@pytest.mark.parametrize("kind", ["saliency", "maps"])
+def test_fast_masks_have_the_projected_sparsity(kind, k, sparsity):
+    teacher = Cells()
+    mixed = run(pictures(teacher), teacher, kind=kind, k=k)
+    assert (mixed.sparsity <= sparsity + 1e-6).all()
+    assert_close(mixed.sparsity, torch.full_like(mixed.sparsity, sparsity), atol=1e-3, rtol=0)
+    other = run(pictures(teacher), teacher, kind=kind, k=k, sparsity=0.04)
+    assert_close(other.sparsity, torch.full_like(other.sparsity, 0.04), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["saliency", "maps"])
+def test_converged_rows_have_the_margin_and_others_their_best_iterate(kind):
+    teacher = Cells()
+    images = pictures(teacher)
+    logits = teacher(images).detach()
+    members = torch.zeros(len(images), 6, dtype=torch.bool)
+    members.scatter_(1, logits.argmax(dim=1)[tuples(images, 2)["sources"]], True)
+    mixed = run(images, teacher, kind=kind, margin=0.5, max_steps=6)
+    lead = margins(mixed.logits, members)
+    assert torch.equal(lead > 0.5, mixed.converged)
+    assert mixed.converged.any()
+    hard = run(images, teacher, kind=kind, margin=1e6, max_steps=4)
+    assert (hard.outcome == Outcome.MAX_STEPS).all()
+    best = margins(hard.logits, members)
+    for steps in (0, 2):
+        earlier = run(images, teacher, kind=kind, margin=1e6, max_steps=steps)
+        assert (margins(earlier.logits, members) <= best + 1e-3).all()
+
+
+@BOTH
+def test_polish_lowers_kl_and_keeps_what_converged(method):
+    teacher = Cells()
+    images = pictures(teacher)
+    target = torch.zeros(len(images), 6)
+    parts = tuples(images, 2)
+    target.scatter_add_(1, teacher(images).argmax(dim=1)[parts["sources"]], parts["weights"])
+    plain, polished = (run(images, teacher, method=method, polish=p) for p in (0, 5))
+    assert (polished.converged >= plain.converged).all()
+    done = plain.converged
+    assert done.sum() >= 3
+    before, after = (kl_divergence(m.logits, target)[done] for m in (plain, polished))
+    assert (after <= before).all()
+    assert after.mean() < 0.9 * before.mean()
+    assert (polished.steps == plain.steps + 5)[done].all()
+    assert_close(teacher(polished.images).detach(), polished.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_polish_tells_small_differences_of_kl():
+    """The converged iterate of least KL is kept, to the precision of float32."""
+    teacher = Cells()
+    images = pictures(teacher)
+    parts = tuples(images, 2)
+    target = torch.zeros(len(images), 6)
+    target.scatter_add_(1, teacher(images).argmax(dim=1)[parts["sources"]], parts["weights"])
+    before = torch.full((len(images),), torch.inf)
+    for polish in (0, 3, 4, 5):
+        mixed = run(images, teacher, kind="saliency", polish=polish)
+        divergence = kl_divergence(mixed.logits, target).where(mixed.converged, torch.inf)
+        assert (divergence <= before + 1e-4).all()
+        before = divergence
+
+
+# -- finished rows ---------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_finished_row_is_the_same_alone_and_beside_slow_ones(kind):
+    teacher = Cells()
+    images = pictures(teacher)
+    together = run(images, teacher, kind=kind)
+    assert len(together.steps.unique()) > 1  # quick ones and slow ones
+    parts = tuples(images, 2)
+    for row in range(len(images)):
+        alone = run(
+            images,
+            teacher,
+            kind=kind,
+            sources=parts["sources"][row : row + 1],
+            weights=parts["weights"][row : row + 1],
+        )
+        expected = rows_of(together, [row], but=("forwards", "backwards"))
+        seen = rows_of(alone, [0], but=("forwards", "backwards"))
+        if int(together.steps[row]) <= 5:  # later, rounding has grown
+            assert_close(seen, expected, atol=1e-3, rtol=1e-3)
+
+
+@BOTH
+def test_finished_rows_are_not_asked_again(method):
+    teacher = Cells()
+    spy = Spy(teacher)
+    images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
+    originals = teacher(images[:, :-1]).detach()
+    mixed = run(images, spy, method=method, originals=originals, **parts)
+    assert len(mixed.steps.unique()) > 1
+    search = spy.asked
+    if method == "fast":  # the first call is the originals' saliency
+        search = spy.asked[1:]
+    asked = torch.zeros(len(mixed))
+    for rows in search:
+        assert len(set(rows)) == len(rows)
+        asked[torch.tensor(rows)] += 1
+    share = len(images) / len(mixed) if method == "fast" else 0
+    assert_close(mixed.forwards, asked + share)
+    assert (asked >= mixed.steps + 1).all()
+    # once a row is gone it stays away
+    for row in range(len(mixed)):
+        there = [i for i, rows in enumerate(search) if row in rows]
+        last = max(there)
+        assert all(row not in rows for rows in search[last + 1 :])
+
+
+@pytest.mark.parametrize("polish", [0, 2])
+def test_the_papers_method_asks_one_forward_and_one_backward_a_step(polish):
+    teacher = Cells()
+    spy = Spy(teacher)
+    images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
+    originals = teacher(images[:, :-1]).detach()
+    mixed = run(images, spy, originals=originals, max_steps=12, polish=polish, **parts)
+    assert len(mixed.steps.unique()) > 1
+    assert_close(mixed.forwards, mixed.steps + 1.0)  # the last one is the check that ends it
+    assert len(spy.asked) == int(mixed.steps.max()) + 1
+    assert len(spy.backwards) <= int(mixed.steps.max()) + 1
+    # a row that passed may have shared the last graph of those that failed
+    assert ((mixed.backwards == mixed.steps) | (mixed.backwards == mixed.steps + 1)).all()
+    assert all(spy.graph[:-1])
+    missed = mixed.outcome == Outcome.MAX_STEPS
+    assert_close(mixed.backwards[missed], mixed.steps[missed].float())
+
+
+def test_fast_asks_rows_that_nearly_passed_without_a_graph():
+    teacher = Cells()
+    spy = Spy(teacher)
+    images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
+    originals = teacher(images[:, :-1]).detach()
+    mixed = run(images, spy, method="fast", originals=originals, **parts)
+    assert not all(spy.graph)
+    assert sum(map(len, spy.asked[1:])) + len(images) == round(float(mixed.forwards.sum()))
+    assert sum(spy.backwards) == round(float(mixed.backwards.sum()))
+
+
+def test_memory_is_a_bound_for_chunks_and_changes_nothing_else():
+    teacher = Cells()
+    images = pictures(teacher)
+    sizes = []
+
+    def watched(x):
+        sizes.append(len(x))
+        return teacher(x)
+
+    originals = teacher(images).detach()
+    for method in ("paper", "fast"):
+        whole = run(images, watched, method=method, originals=originals, max_steps=4)
+        assert max(sizes) == len(images)
+        sizes.clear()
+        parts = run(
+            images,
+            watched,
+            method=method,
+            originals=originals,
+            max_steps=4,
+            memory=3 * 4 * images[0].numel() * 102,
+        )
+        assert max(sizes) == 3
+        sizes.clear()
+        but = ("forwards", "backwards")
+        rows = torch.arange(len(images))
+        assert_close(rows_of(parts, rows, but=but), rows_of(whole, rows, but=but), atol=2e-3, rtol=2e-3)
+        assert len(run(images, teacher, method=method, max_steps=0, memory=1)) == len(images)
+
+
+# -- outcomes --------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_reaching_max_steps_is_an_outcome(method):
+    teacher = Cells()
+    images = pictures(teacher)
+    for steps in (0, 1, 3):
+        mixed = run(images, teacher, method=method, max_steps=steps, margin=1e6)
+        assert (mixed.outcome == Outcome.MAX_STEPS).all()
+        assert (mixed.steps == steps).all()
+        assert not mixed.converged.any()
+        check_finite(mixed)
+    assert (run(images, teacher, method="paper", max_steps=0).masks == 0.5).all()
+
+
+@BOTH
+@pytest.mark.parametrize("path", ["none", "through zero", "through a ReLU"])
+def test_a_constant_teacher_ends_at_max_steps(method, path):
+    def constant(x):
+        logits = x.new_zeros(len(x), 4)
+        if path == "through zero":
+            logits = logits + 0 * x.mean(dim=(1, 2, 3))[:, None]
+        if path == "through a ReLU":
+            logits = logits + (x.mean(dim=(1, 2, 3))[:, None] - 10).relu()
+        return logits
+
+    mixed = run(torch.rand(5, 3, 9, 7), constant, method=method, max_steps=4)
+    assert (mixed.outcome == Outcome.MAX_STEPS).all()  # a tie is no top k
+    check_finite(mixed)
+
+
+class Failing:
+    """A teacher that answers `value` for a tuple from its call number `call` on."""
+
+    def __init__(self, teacher, row: int, value: float, call: int) -> None:
+        self.teacher, self.row, self.value, self.call, self.calls = teacher, row, value, call, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.teacher(images[:, :-1])
+        self.calls += 1
+        hit = images[:, -1].mean(dim=(1, 2)).round().int() == self.row
+        hit = hit & (self.calls > self.call)
+        spoiled = logits * torch.where(hit, torch.nan, 1.0)[:, None]  # in the backward too
+        if self.value == self.value:
+            spoiled = torch.where(hit[:, None], self.value + 0 * logits, logits)
+        return spoiled
+
+
+@pytest.mark.parametrize("call", [0, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@BOTH
+def test_a_row_without_a_finite_answer_ends_alone(method, value, call):
+    teacher = Cells()
+    images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
+    originals = teacher(images[:, :-1]).detach()
+    plain = Failing(teacher, -1, value, call)
+    given = {"method": method, "margin": 1.0, "max_steps": 6, "originals": originals, **parts}
+    expected = run(images, plain, **given)
+    row = int(expected.steps.argmax())  # one that is still searched when the failure comes
+    assert expected.steps[row] > 2
+    mixed = run(images, Failing(teacher, row, value, call), **given)
+    assert mixed.outcome[row] == Outcome.NOT_FINITE
+    assert mixed.steps[row] < expected.steps[row]
+    check_finite(mixed)
+    assert_close(mixed.masks.sum(dim=1), torch.ones_like(mixed.masks[:, 0]))
+    target = torch.zeros(6).scatter_add(
+        0, originals.argmax(dim=1)[parts["sources"][row]], parts["weights"][row]
+    )
+    assert_close(mixed.logits[row].softmax(dim=0), target)  # Eq. 2 is its label
+    others = [r for r in range(len(mixed)) if r != row]
+    but = ("forwards", "backwards")
+    assert_close(
+        rows_of(mixed, others, but=but), rows_of(expected, others, but=but), atol=1e-3, rtol=1e-3
+    )
+
+
+@KINDS
+def test_originals_without_a_finite_answer_end_their_tuples(kind):
+    teacher = Cells()
+    images = pictures(teacher)
+    originals = teacher(images).detach()
+    expected = run(images, teacher, kind=kind, originals=originals.clone(), max_steps=4)
+    originals[3, 2] = torch.nan
+    originals[4] = torch.inf
+    mixed = run(images, teacher, kind=kind, originals=originals, max_steps=4)
+    lost = torch.isin(tuples(images, 2)["sources"], torch.tensor([3, 4])).any(dim=1)
+    assert torch.equal(mixed.outcome == Outcome.NOT_FINITE, lost)
+    check_finite(mixed)
+    but = ("forwards", "backwards")
+    others = (~lost).nonzero().flatten()
+    assert_close(
+        rows_of(mixed, others, but=but), rows_of(expected, others, but=but), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_class_maps_that_are_not_finite_leave_the_search_a_start():
+    teacher = Cells()
+    images = pictures(teacher)
+    originals, maps = teacher(images).detach(), teacher.maps(images)
+    maps.features[3] = torch.nan
+    mixed = solve(
+        images,
+        teacher,
+        **tuples(images, 2),
+        originals=originals,
+        settings=SolverSettings(),
+        maps=maps,
+    )
+    check_finite(mixed)
+
+
+@BOTH
+def test_gradients_that_explode_end_the_row(method):
+    def steep(x):
+        mean = x.mean(dim=(1, 2, 3))
+        return torch.stack([mean * 0, 1e30 * (mean - 0.5), mean * 0 + 1], dim=1)
+
+    mixed = run(torch.rand(6, 3, 9, 7), steep, method=method, max_steps=5)
+    check_finite(mixed)
+
+
+# -- the criterion ---------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_tuple_of_one_class_is_judged_as_a_set(kind):
+    teacher = Cells()
+    images = pictures(teacher, each=3)
+    mixed = run(
+        images,
+        teacher,
+        kind=kind,
+        k=3,
+        sources=torch.tensor([[0, 1, 2], [0, 1, 3], [3, 4, 6]]),
+        weights=torch.tensor([[0.2, 0.3, 0.5]] * 3),
+    )
+    classes = teacher(images).argmax(dim=1)
+    assert classes[:3].unique().numel() == 1
+    assert mixed.converged.all()
+    for row, members in enumerate([{0}, {0, 3}, {3, 6}]):
+        wanted = {int(classes[m]) for m in members}
+        assert set(mixed.logits[row].topk(len(wanted)).indices.tolist()) == wanted
+
+
+def test_weights_of_equal_classes_are_added():
+    teacher = Cells()
+    images = pictures(teacher, each=3)
+    sources, weights = torch.tensor([[0, 1, 3]]), torch.tensor([[0.2, 0.3, 0.5]])
+    seen = []
+    method = METHODS["paper"]
+
+    def loss(logits, masks, problem, settings):
+        seen.append(problem.targets)
+        return mixing_objective(logits, problem.targets, masks, lambda_s=25.0)
+
+    originals = teacher(images).detach()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "paper", method._replace(loss=loss))
+        run(images, teacher, margin=1e6, max_steps=1, k=3, sources=sources, weights=weights)
+    classes = originals.argmax(dim=1)
+    expected = torch.zeros(1, 6)
+    expected[0, classes[0]], expected[0, classes[3]] = 0.5, 0.5
+    assert_close(seen[0], expected)
+
+
+@KINDS
+def test_a_tuple_that_holds_all_classes_is_done_at_once(kind):
+    teacher = Cells(classes=2)
+    images = pictures(teacher)
+    mixed = run(images, teacher, kind=kind)
+    assert mixed.converged.all()
+    assert (mixed.steps == 0).all()
+    check_finite(mixed)
+    polished = run(images, teacher, kind=kind, polish=3)
+    assert polished.converged.all()
+    check_finite(polished)
+
+
+# -- kinds of pictures -----------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_dtype_channels_and_memory_format(method, channels, dtype):
+    teacher = Cells(channels)
+    images = pictures(teacher, channels=channels)
+    images = (255 * images).round().to(dtype) if dtype == torch.uint8 else images.to(dtype)
+
+    def asked(x):
+        assert x.dtype == (torch.float32 if dtype == torch.uint8 else dtype)
+        assert x.min() >= 0
+        assert x.max() <= 1
+        return teacher(x.float())
+
+    before = images._version
+    mixed = run(images, asked, method=method, max_steps=8)
+    assert images._version == before
+    assert mixed.images.dtype == dtype
+    assert mixed.images.shape == images.shape
+    for value in (mixed.masks, mixed.mask_logits, mixed.logits, mixed.sparsity):
+        assert value.dtype == torch.float32
+    assert mixed.converged.any()
+    check_finite(mixed)
+
+    # what is handed out is what the teacher judged
+    out = mixed.images / 255 if dtype == torch.uint8 else mixed.images
+    assert_close(asked(out).detach(), mixed.logits, atol=1e-4, rtol=1e-4)
+    again = mix_images(images[mixed.sources], mixed.masks)
+    assert_close(again, mixed.images, atol=1 if dtype == torch.uint8 else 1e-2, rtol=0)
+    assert_close(again.float(), mixed.images.float(), atol=1e-3, rtol=0.01)
+
+    last = images.contiguous(memory_format=torch.channels_last)
+    other = run(last, asked, method=method, max_steps=3)
+    same = run(images, asked, method=method, max_steps=3)
+    assert_close(other.masks, same.masks, atol=5e-3, rtol=0)
+
+
+@BOTH
+def test_pictures_made_under_inference_mode(method):
+    teacher = Cells()
+    images = pictures(teacher)
+    expected = supermix(
+        images, teacher, **tuples(images, 2), settings=SolverSettings(method=method, max_steps=3)
+    )
+    with torch.inference_mode():
+        copies = images.clone()
+        parts = {name: value.clone() for name, value in tuples(images, 2).items()}
+        mixed = supermix(
+            copies, teacher, **parts, settings=SolverSettings(method=method, max_steps=3)
+        )
+    assert not mixed.images.is_inference()
+    assert_close(mixed.masks, expected.masks, atol=1e-4, rtol=0)
+
+
+@BOTH
+def test_neither_autocast_nor_no_grad_around_changes_a_mix(method):
+    teacher = Cells()
+    images = pictures(teacher)
+    settings = SolverSettings(method=method, max_steps=3)
+    expected = supermix(images, teacher, **tuples(images, 2), settings=settings)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = supermix(images, teacher, **tuples(images, 2), settings=settings)
+    rows = torch.arange(len(images))
+    assert_close(rows_of(mixed, rows), rows_of(expected, rows), atol=1e-6, rtol=0)
+
+
+@BOTH
+def test_inputs_are_unchanged(method):
+    teacher = Cells()
+    images = pictures(teacher)
+    parts = tuples(images, 2) | {"originals": teacher(images).detach()}
+    values = [images, *parts.values(), *teacher.parameters()]
+    before = [value._version for value in values]
+    copies = [value.detach().clone() for value in values]
+    run(images, teacher, method=method, max_steps=3, **parts)
+    assert [value._version for value in values] == before
+    assert all(torch.equal(value, copy) for value, copy in zip(values, copies, strict=True))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@KINDS
+def test_the_same_call_gives_the_same_mixes(kind):
+    teacher = Cells()
+    images = pictures(teacher)
+    first, second = (run(images, teacher, kind=kind, max_steps=5) for _ in range(2))
+    rows = torch.arange(len(images))
+    assert_close(rows_of(first, rows), rows_of(second, rows), atol=0, rtol=0)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def test_none_is_the_methods_own_value():
+    small, large = (7, 64), (224, 300)
+    fast, paper = SolverSettings(), SolverSettings(method="paper")
+    assert fast.resolve(2, large)[:5] == (16, 0.5, 0.07, 0.25, 20)
+    assert paper.resolve(2, large)[:5] == (16, 2.0, 0.07, 0.0, 50)
+    assert fast.resolve(3, (32, 32))[:3] == (8, 0.5, 0.10)
+    assert paper.resolve(4, (32, 32))[:3] == (8, 1.0, 0.12)
+    assert fast.resolve(2, small).mask_size == 7  # no more cells than pixels
+    given = SolverSettings(mask_size=5, sigma=0.0, sparsity=0.2, margin=0.0, max_steps=0)
+    assert given.resolve(2, large)[:5] == (5, 0.0, 0.2, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "sloppy"}, r"method: expected one of \['fast', 'paper'\], got 'sloppy'"),
+        ({"mask_size": 0}, r"mask_size: expected an integer of at least 1, got 0"),
+        ({"mask_size": 2.5}, r"mask_size: expected an integer of at least 1, got 2.5"),
+        ({"max_steps": -1}, r"max_steps: expected an integer of at least 0, got -1"),
+        ({"polish": -1}, r"polish: expected an integer of at least 0, got -1"),
+        ({"memory": 0}, r"memory: expected an integer of at least 1, got 0"),
+        ({"sigma": -1.0}, r"sigma: expected a number of at least 0, got -1.0"),
+        ({"sigma": float("inf")}, r"sigma: expected a number of at least 0, got inf"),
+        ({"sigma": "wide"}, r"sigma: expected a number of at least 0, got 'wide'"),
+        ({"margin": float("nan")}, r"margin: expected a number of at least 0, got nan"),
+        ({"lambda_s": -25}, r"lambda_s: expected a number of at least 0, got -25"),
+        ({"sparsity": 0.0}, r"sparsity: expected a number in \(0, 1\), got 0.0"),
+        ({"sparsity": "low"}, r"sparsity: expected a number in \(0, 1\), got 'low'"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SolverSettings(**settings)
+
+
+def test_a_mask_larger_than_the_picture_is_named():
+    message = r"mask_size: expected at most 7 cells for pictures of 9 x 7, got 8. Pass a smaller"
+    with pytest.raises(ValueError, match=message):
+        run(torch.rand(4, 3, 9, 7), Cells(), mask_size=8)
+
+
+def test_settings_are_frozen_and_can_be_replaced():
+    settings = SolverSettings()
+    with pytest.raises(AttributeError):
+        settings.polish = 3
+    assert replace(settings, polish=3).polish == 3
+
+
+def test_coarse_measure_of_sparsity_agrees_with_the_full_one():
+    """From 128 px on, the search measures L_s at a quarter of the size."""
+    teacher = Cells()
+    images = torch.rand(4, 3, 128, 132)
+    mixed = run(images, teacher, kind="saliency", max_steps=0)
+    assert_close(mixed.sparsity, torch.full((4,), 0.07), atol=2e-3, rtol=0)
+    assert_close(
+        mixed.sparsity,
+        (lambda m: (m * (1 - m)).mean(dim=(1, 2, 3)))(render(mixed.mask_logits, (128, 132))),
+    )
