@@ -592,15 +592,6 @@ def check_device(images: Tensor, device: torch.device | None) -> None:
         )
 
 
-def check_device(images: Tensor, device: torch.device | None) -> None:
-    """Raise unless pictures are where the teacher is; None: it takes them anywhere."""
-    if device is not None and images.device != device:
-        raise ValueError(
-            f"images: expected pictures on the teacher's device {device}, got {images.device}. "
-            f"Move them (images.to({str(device)!r})), or the teacher."
-        )
-
-
 def check_labels(labels: object, batch: int, num_classes: int | None = None) -> Tensor:
     """Labels as a tensor: class indices (B,) int64, or probabilities (B, N).
 

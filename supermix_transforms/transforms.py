@@ -101,7 +101,6 @@ class BatchMix(v2.Transform):
         found = find_images(batch, labels)
         images = check_images(found[0])
         check_device(images, None if self.teacher is None else self.teacher.device)
-        check_device(images, None if self.teacher is None else self.teacher.device)
         place = None
         if labels is not None:
             place = next((i for i, leaf in enumerate(leaves) if leaf is labels), None)

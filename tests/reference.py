@@ -86,7 +86,7 @@ def algorithm_1(
     lambda_s: float = 25.0,
     max_steps: int = 50,
 ) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """Algorithm 1 for one tuple of float pictures (k, C, H, W) with weights (k,).
+    """Algorithm 1 for one tuple of pictures (k, C, H, W), float32 or float64, weights (k,).
 
     Returns the masks (k, H, W) and the mix (C, H, W) before the first Newton step and after each,
     and whether the teacher's top k classes of the last mix are those of the images.
@@ -95,12 +95,12 @@ def algorithm_1(
     with torch.no_grad():
         classes = [int(teacher(images[i : i + 1])[0].argmax()) for i in range(k)]
         num_classes = teacher(images[:1]).shape[1]
-    target = torch.zeros(num_classes)
+    target = torch.zeros(num_classes, dtype=images.dtype)
     for r, y in zip(weights, classes, strict=True):
         target[y] += r
 
     path = []
-    m = torch.zeros(k, mask_size, mask_size)
+    m = torch.zeros(k, mask_size, mask_size, dtype=images.dtype)
     for step in range(max_steps + 1):
         m.requires_grad_()
         masks = slow_masks(m, size)

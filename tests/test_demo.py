@@ -1,10 +1,7 @@
-"""The demo and what it is made of: reading pictures, mixing them, writing them down."""
+"""The demo and what it is made of: mixing named pictures and writing them down."""
 
-import io
 import json
-import pickle
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ from torch import nn
 
 from supermix_transforms.demo import (
     DEMO_FILES,
-    PictureFiles,
     demo,
     demo_pictures,
     mix_pictures,
@@ -289,166 +285,6 @@ def test_mean_without_std_is_an_error():
 def test_a_teacher_that_can_not_be_called_is_an_error():
     with pytest.raises(ValueError, match="teacher: expected a module or a callable, got dict"):
         named_labeler(NamedTeacher({}))
-
-
-# -- reading pictures ------------------------------------------------------------------------------
-
-
-def test_a_folder_is_searched_to_any_depth_in_an_order_of_the_seed(tmp_path):
-    names = ["a/1.jpg", "a/2.JPEG", "b/c/3.png", "4.webp", "b/5.Png", "6.jpg"]
-    for name in names:
-        save(tmp_path / name)
-    (tmp_path / "note.txt").write_text("no picture")
-    (tmp_path / "folder.png").mkdir()
-    orders = {
-        seed: [name for name, _ in PictureFiles(tmp_path, size=24, seed=seed)] for seed in range(4)
-    }
-    assert all(sorted(order) == sorted(names) for order in orders.values())
-    assert len(set(map(tuple, orders.values()))) > 1
-    again = PictureFiles(tmp_path, size=24, seed=1)
-    assert [name for name, _ in again] == [name for name, _ in again] == orders[1]
-
-
-def test_earlier_mixes_inside_the_folder_are_left_out(tmp_path):
-    save(tmp_path / "a.png")
-    save(tmp_path / "mixes" / "k2-00000.png")
-    files = PictureFiles(tmp_path, size=24, skip=tmp_path / "mixes")
-    assert [name for name, _ in files] == ["a.png"]
-    outer = PictureFiles(tmp_path / "mixes", size=24, skip=tmp_path)
-    assert [name for name, _ in outer] == ["k2-00000.png"]
-
-
-def test_pictures_are_cut_from_the_middle(tmp_path):
-    wide = np.zeros((64, 192, 3), dtype=np.uint8)
-    wide[:, 64:128] = 200  # the middle square
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    ((_, picture),) = PictureFiles(tmp_path, size=28)
-    assert picture.shape == (3, 28, 28)
-    assert picture.dtype == torch.uint8
-    assert (picture == 200).all()
-
-
-def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
-    ((_, expected),) = colours(1)
-    Image.fromarray(expected.movedim(0, -1).numpy()).save(tmp_path / "a.png")
-    ((_, picture),) = PictureFiles(tmp_path, size=24)
-    assert torch.equal(picture, expected)
-
-
-def test_pictures_stand_upright(tmp_path):
-    image = Image.new("RGB", (24, 24))
-    image.paste((255, 255, 255), (0, 0, 24, 12))  # bright above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    image.save(tmp_path / "a.png", exif=exif)
-    ((_, picture),) = PictureFiles(tmp_path, size=24)
-    assert picture[:, :12].max() == 0
-    assert picture[:, 12:].min() == 255
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    image = Image.new("RGB", (24, 24), (255, 255, 255)).convert(mode)
-    options = {"transparency": bytes([0] * 256)} if mode == "P" else {}
-    image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), **options)
-    ((_, picture),) = PictureFiles(tmp_path, size=24)
-    assert picture.shape == (3, 24, 24)
-    assert picture.min() >= 250
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_a_picture_that_can_not_be_read_is_named(tmp_path, content):
-    path = save(tmp_path / "b" / "torn.jpg", size=(64, 64))
-    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
-    with pytest.raises(ValueError, match=r"got 'b/torn.jpg', which Pillow can not read: \w+.*"):
-        list(PictureFiles(tmp_path))
-
-
-def test_a_folder_without_pictures_is_an_error(tmp_path):
-    (tmp_path / "note.txt").touch()
-    with pytest.raises(ValueError, match=r"images: expected pictures \(.jpg, .jpeg, .png, .webp\)"):
-        list(PictureFiles(tmp_path))
-
-
-def test_a_path_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"got '.*nowhere', which is not there. Check the path"):
-        PictureFiles(tmp_path / "nowhere")
-
-
-def test_a_size_of_no_pixels_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="size: expected at least 1 pixel, got 0"):
-        PictureFiles(tmp_path, size=0)
-
-
-class Bomb:
-    """Tells when it is unpickled."""
-
-    def __reduce__(self):
-        return (exec, ("import sys; sys.bomb_went_off = True",))
-
-
-def write_tar(path, members: dict[str, bytes]):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def encoded(colour=(200, 30, 30), size=(24, 24)) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, colour).save(content, "PNG")
-    return content.getvalue()
-
-
-def test_a_tar_gives_its_pictures_and_opens_no_pickle(tmp_path):
-    members = {
-        "n/1.png": encoded((250, 0, 0)),
-        "n/1.cls": b"7",
-        "n/1.pyd": pickle.dumps(Bomb()),
-        "n/1.pth": pickle.dumps(Bomb()),
-        "n/2.png": encoded((0, 250, 0)),
-        "n/2.json": b"not even JSON",
-        "n/3.input.PNG": encoded((0, 0, 250)),
-    }
-    files = PictureFiles(write_tar(tmp_path / "shard: 1#2?.tar", members), size=24)
-    assert [name for name, _ in files] == ["n/1.png", "n/2.png", "n/3.input.PNG"]
-    assert [picture[:, 0, 0].tolist() for _, picture in files] == [
-        [250, 0, 0],
-        [0, 250, 0],
-        [0, 0, 250],
-    ]
-    assert not hasattr(sys, "bomb_went_off")
-
-
-def test_a_torn_picture_in_a_tar_is_named(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"1.png": encoded(), "2.png": encoded()[:-30]})
-    with pytest.raises(ValueError, match=r"got '2.png', which Pillow can not read"):
-        list(PictureFiles(path, size=24))
-
-
-@pytest.mark.parametrize("content", [b"no tar at all" * 99, b""])
-def test_a_file_that_is_no_tar_is_an_error(tmp_path, content):
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"images: expected a folder or a whole tar file, got '.*'"
-    ):
-        list(PictureFiles(tmp_path / "a.tar"))
-
-
-def test_a_tar_without_pictures_is_an_error(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"1.txt": b"words", "1.cls": b"3"})
-    with pytest.raises(ValueError, match="expected pictures"):
-        list(PictureFiles(path))
-
-
-def test_a_tar_may_be_left_half_read(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {f"{i}.png": encoded() for i in range(9)})
-    mix(tmp_path / "out", PictureFiles(path, size=24), count=1, batch_size=2)
-
-
-# -- the demo itself -------------------------------------------------------------------------------
 
 
 def test_demo_pictures_come_from_the_package_without_a_download():

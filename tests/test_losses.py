@@ -17,6 +17,8 @@ from supermix_transforms.losses import (
 )
 from supermix_transforms.masks import blend, render
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -141,9 +143,7 @@ def test_kd_loss_has_tau_squared_once():
     soft = -(teacher * (logits / tau).log_softmax(dim=1)).sum(dim=1).mean()
     for weight in (0.0, 0.1, 1.0):
         expected = (1 - weight) * F.cross_entropy(logits, labels) + weight * tau**2 * soft
-        assert_close(
-            kd_loss(logits, teacher, labels, temperature=tau, weight=weight), expected
-        )
+        assert_close(kd_loss(logits, teacher, labels, temperature=tau, weight=weight), expected)
 
 
 def test_kd_gradients_keep_their_size_over_temperatures():

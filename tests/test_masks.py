@@ -22,6 +22,8 @@ from supermix_transforms.masks import (
     upsample,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

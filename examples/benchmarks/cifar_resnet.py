@@ -1,6 +1,6 @@
 """The ResNet for CIFAR (He et al. 2016), option A, whose CIFAR-10 weights lie beside the data.
 
-    teacher = cifar10_resnet56("../shared/data/cifar10/resnet56.safetensors")
+teacher = cifar10_resnet56("../shared/data/cifar10/resnet56.safetensors")
 """
 
 from pathlib import Path
