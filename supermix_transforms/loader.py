@@ -16,22 +16,26 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from supermix_transforms.batch import (
-    LabelsGetter,
     MixBatch,
-    Mixed,
     MixResult,
-    Outcome,
     OutputForm,
     TargetForm,
+    refuse_dispatch,
+    register,
+)
+from supermix_transforms.inputs import (
+    LabelsGetter,
     check_images,
     check_labels,
     identities,
-    refuse_dispatch,
-    register,
     sample_keys,
     split_batch,
 )
 from supermix_transforms.mixing import Draw
+from supermix_transforms.results import (
+    Mixed,
+    Outcome,
+)
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
 from supermix_transforms.transforms import BatchMix, SuperMix

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from supermix_transforms.batch import ClassMaps, Mixed, Outcome, check_images
+from supermix_transforms.inputs import (
+    check_images,
+)
+from supermix_transforms.results import (
+    ClassMaps,
+    Mixed,
+    Outcome,
+)
 from supermix_transforms.solver import SolverSettings, margins, solve
 from supermix_transforms.teacher import as_labeler
 
@@ -24,9 +31,11 @@ __all__ = [
     "draw_weights",
     "generator",
     "match_partners",
+    "or_labels",
     "soft_targets",
     "supermix",
     "unmixed",
+    "weighted_labels",
 ]
 
 
@@ -199,6 +208,22 @@ def soft_targets(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     if labels.ndim == 3:
         return (weights[:, :, None] * labels.float()).sum(dim=1)
     return weights.new_zeros(len(weights), num_classes).scatter_add(1, labels, weights)
+
+
+def weighted_labels(mixed: Mixed, labels: Tensor, num_classes: int) -> Tensor:
+    """Eq. 2 with the samples' own labels, (M, N), in the labels' dtype if that is floating."""
+    targets = soft_targets(mixed.weights, labels[mixed.sources], num_classes)
+    return targets.to(labels.dtype) if labels.is_floating_point() else targets
+
+
+def or_labels(logits: Tensor, labels: Tensor | None, lost: Tensor | None = None) -> Tensor:
+    """Logits with the sample's own label in rows where the teacher's answer is not finite."""
+    lost = ~logits.isfinite().all(dim=1) if lost is None else lost
+    if labels is None:
+        return torch.where(lost[:, None], logits.nan_to_num(0.0, 0.0, 0.0), logits)
+    if labels.ndim == 1:
+        labels = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return torch.where(lost[:, None], labels.float().clamp(min=1e-12).log(), logits)
 
 
 def supermix(

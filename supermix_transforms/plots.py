@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from supermix_transforms.batch import Mixed, Outcome, TeacherLabels
+from supermix_transforms.results import (
+    Mixed,
+    Outcome,
+    TeacherLabels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supermix_transforms.batch import ClassMaps, Mixed, Outcome
 from supermix_transforms.losses import kl_divergence, mixing_objective, sparsity
 from supermix_transforms.masks import (
     Normalisation,
@@ -27,6 +26,11 @@ from supermix_transforms.masks import (
     project,
     render,
     upsample,
+)
+from supermix_transforms.results import (
+    ClassMaps,
+    Mixed,
+    Outcome,
 )
 
 __all__ = ["SolverSettings", "newton_step", "saliency", "solve"]

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supermix_transforms.batch import ClassMaps, TeacherLabels, check_images
+from supermix_transforms.inputs import (
+    check_images,
+)
+from supermix_transforms.results import (
+    ClassMaps,
+    TeacherLabels,
+)
 
 __all__ = ["TeacherLabeler", "as_labeler"]
 

@@ -6,7 +6,7 @@ along.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from supermix_transforms.batch import (
-    LabelsGetter,
-    Mixed,
     MixResult,
-    Outcome,
+)
+from supermix_transforms.dense import check_fits, is_box_targets, is_tv, mix_boxes, mix_masks
+from supermix_transforms.inputs import (
+    LabelsGetter,
     check_device,
     check_images,
     check_labels,
@@ -30,7 +31,7 @@ from supermix_transforms.batch import (
     find_labels,
     identities,
 )
-from supermix_transforms.masks import mix_images, owners
+from supermix_transforms.masks import mix_images
 from supermix_transforms.mixing import (
     Draw,
     check_k,
@@ -38,9 +39,14 @@ from supermix_transforms.mixing import (
     draw_weights,
     generator,
     match_partners,
-    soft_targets,
+    or_labels,
     supermix,
     unmixed,
+    weighted_labels,
+)
+from supermix_transforms.results import (
+    Mixed,
+    Outcome,
 )
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -96,7 +102,7 @@ class BatchMix(v2.Transform):
     def forward(self, *inputs: Any) -> Any:
         batch = inputs if len(inputs) > 1 else inputs[0]
         labels = find_labels(batch, self.labels_getter)
-        leaves, spec = tree_flatten(batch, is_leaf=_is_box_targets)
+        leaves, spec = tree_flatten(batch, is_leaf=is_box_targets)
         self._refuse(leaves)
         found = find_images(batch, labels)
         images = check_images(found[0])
@@ -148,13 +154,13 @@ class BatchMix(v2.Transform):
             if leaf is images[0]:
                 output = mixed.images
             else:
-                _check_fits(leaf, images[0])
+                check_fits(leaf, images[0])
                 output = mix_images(leaf[mixed.sources], mixed.masks)
-            return tv_tensors.wrap(output, like=leaf) if _is_tv(leaf) else output
+            return tv_tensors.wrap(output, like=leaf) if is_tv(leaf) else output
         if isinstance(leaf, tv_tensors.Mask):
-            _check_fits(leaf, images[0])
+            check_fits(leaf, images[0])
             return tv_tensors.wrap(mix_masks(leaf, mixed), like=leaf)
-        if _is_box_targets(leaf):
+        if is_box_targets(leaf):
             return mix_boxes(leaf, mixed, self.box_threshold)
         return leaf
 
@@ -229,7 +235,7 @@ class SuperMix(BatchMix):
             logits, maps = self.teacher.examine(images)
             if labels is not None:
                 labels = check_labels(labels, len(images), logits.shape[1])
-            teacher = self.teacher.label(_or_labels(logits, labels))
+            teacher = self.teacher.label(or_labels(logits, labels))
             if len(images) < self.k:
                 mixed = replace(unmixed(images, self.k), logits=logits)
                 return MixResult(images, labels, teacher, mixed, teacher, teacher.probs)
@@ -251,8 +257,8 @@ class SuperMix(BatchMix):
 
             assert mixed.logits is not None
             lost = mixed.outcome == Outcome.NOT_FINITE
-            expected = None if labels is None else _weighted(mixed, labels, logits.shape[1])
-            label = self.teacher.label(_or_labels(mixed.logits, expected, lost))
+            expected = None if labels is None else weighted_labels(mixed, labels, logits.shape[1])
+            label = self.teacher.label(or_labels(mixed.logits, expected, lost))
             return MixResult(images, labels, teacher, mixed, label, label.probs)
 
     def _supermix(
@@ -358,7 +364,7 @@ class _Blind(BatchMix):
             return MixResult(images, labels, None, mixed, label, label.probs)
         targets = None
         if labels is not None:
-            targets = _weighted(mixed, labels, self.num_classes or labels.shape[-1])
+            targets = weighted_labels(mixed, labels, self.num_classes or labels.shape[-1])
         return MixResult(images, labels, None, mixed, None, targets)
 
 
@@ -411,145 +417,3 @@ class CutMix(_Blind):
                 owner[row, top : y + int(half * height), left : x + int(half * width)] = i
         one_hot = torch.nn.functional.one_hot(torch.from_numpy(owner), sources.shape[1])
         return one_hot.permute(0, 3, 1, 2).float()
-
-
-# -- dense targets ---------------------------------------------------------------------------------
-
-
-def mix_masks(masks: Tensor, mixed: Mixed) -> Tensor:
-    """Segmentation masks (B, ..., H, W) of the originals as those of the mixes, by pixel owner."""
-    owner = owners(mixed.masks)  # (M, H, W)
-    plain = masks.as_subclass(Tensor)[mixed.sources]  # (M, k, ..., H, W)
-    index = owner.view(len(owner), 1, *[1] * (plain.ndim - 4), *owner.shape[1:])
-    return plain.gather(1, index.expand(-1, 1, *plain.shape[2:]))[:, 0]
-
-
-def mix_boxes(
-    targets: Sequence[Mapping[str, Any]], mixed: Mixed, threshold: float
-) -> list[dict[str, Any]]:
-    """Boxes of the originals as those of the mixes: kept where enough of them is seen.
-
-    Args:
-        targets: one mapping a picture: ``boxes`` (n, 4) as tv_tensors.BoundingBoxes or x1, y1, x2,
-            y2 in pixels; fields of length n follow their boxes, others come from the first source.
-        mixed: the mixes, as many as pictures.
-        threshold: least share of a box's pixels that its own picture owns in the mix.
-
-    Returns:
-        One dict a mix, the sources' boxes one after the other.
-
-    Raises:
-        ValueError: for another number of dicts, fields that differ, boxes that are not (n, 4).
-    """
-    per_box = _per_box_fields(targets, mixed)
-    owner = owners(mixed.masks)
-    outputs = []
-    for row, sources in enumerate(mixed.sources.tolist()):
-        kept: list[dict[str, Any]] = []
-        for place, source in enumerate(dict.fromkeys(sources)):  # an unmixed row repeats its source
-            target = targets[source]
-            keep = _box_shares(target["boxes"], owner[row] == place) >= threshold
-            rows = keep.nonzero().flatten()
-            kept.append({name: _select(target[name], rows) for name in per_box})
-        joined = {name: _join([target[name] for target in kept]) for name in per_box}
-        outputs.append({**targets[sources[0]], **joined})
-    return outputs
-
-
-def _per_box_fields(targets: Sequence[Mapping[str, Any]], mixed: Mixed) -> list[str]:
-    """Names of the fields that are as long as the boxes in every picture, checked.
-
-    In every picture, so that an image's size (H, W) is not taken for a field of two boxes.
-    """
-    names = set(targets[0])
-    if len(targets) != len(mixed) or any(set(each) != names for each in targets):
-        raise ValueError(
-            f"boxes: expected one dict for each of {len(mixed)} pictures, all with the same "
-            f"fields, got {len(targets)} with {sorted({str(n) for each in targets for n in each})}."
-            " Give pictures without boxes empty tensors, boxes of shape (0, 4)."
-        )
-    for each in targets:
-        boxes = each["boxes"]
-        if not isinstance(boxes, Tensor) or boxes.ndim != 2 or boxes.shape[1] != 4:
-            got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
-            raise ValueError(
-                f"boxes: expected a tensor (n, 4) for each picture, got {got}. "
-                "Pass tv_tensors.BoundingBoxes, or x1, y1, x2, y2 in pixels."
-            )
-    return [name for name in targets[0] if all(_is_per_box(each, name) for each in targets)]
-
-
-def _is_per_box(target: Mapping[str, Any], name: str) -> bool:
-    return _has_length(target[name]) and len(target[name]) == len(target["boxes"])
-
-
-def _box_shares(boxes: Tensor, owned: Tensor) -> Tensor:
-    """Share of each box's pixels that are owned, (n,); owned (H, W) bool."""
-    if isinstance(boxes, tv_tensors.BoundingBoxes):
-        boxes = v2.functional.convert_bounding_box_format(
-            boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY
-        )
-    height, width = owned.shape
-    shares = []
-    for x1, y1, x2, y2 in boxes.as_subclass(Tensor).tolist():
-        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
-        inside = owned[top : min(height, math.ceil(y2)), left : min(width, math.ceil(x2))]
-        shares.append(inside.float().mean().item() if inside.numel() else 0.0)
-    return torch.tensor(shares, device=boxes.device)
-
-
-def _select(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        picked = value.as_subclass(Tensor)[rows.to(value.device)]
-        return tv_tensors.wrap(picked, like=value) if _is_tv(value) else picked
-    return type(value)(value[row] for row in rows.tolist())
-
-
-def _join(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        joined = torch.cat([value.as_subclass(Tensor) for value in values])
-        return tv_tensors.wrap(joined, like=values[0]) if _is_tv(values[0]) else joined
-    return type(values[0])(item for value in values for item in value)
-
-
-def _has_length(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
-
-
-def _is_box_targets(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(isinstance(item, Mapping) and "boxes" in item for item in value)
-    )
-
-
-def _is_tv(value: Any) -> bool:
-    return isinstance(value, tv_tensors.TVTensor)
-
-
-def _check_fits(leaf: Tensor, images: Tensor) -> None:
-    if len(leaf) != len(images) or leaf.shape[-2:] != images.shape[-2:]:
-        raise ValueError(
-            f"{type(leaf).__name__}: expected the batch and size of the pictures "
-            f"{tuple(images.shape)}, got {tuple(leaf.shape)}. Stack and resize them alike."
-        )
-
-
-# -- labels ----------------------------------------------------------------------------------------
-
-
-def _weighted(mixed: Mixed, labels: Tensor, num_classes: int) -> Tensor:
-    """Eq. 2 with the samples' own labels, (M, N), in the labels' dtype if that is floating."""
-    targets = soft_targets(mixed.weights, labels[mixed.sources], num_classes)
-    return targets.to(labels.dtype) if labels.is_floating_point() else targets
-
-
-def _or_labels(logits: Tensor, labels: Tensor | None, lost: Tensor | None = None) -> Tensor:
-    """Logits with the sample's own label in rows where the teacher's answer is not finite."""
-    lost = ~logits.isfinite().all(dim=1) if lost is None else lost
-    if labels is None:
-        return torch.where(lost[:, None], logits.nan_to_num(0.0, 0.0, 0.0), logits)
-    if labels.ndim == 1:
-        labels = torch.nn.functional.one_hot(labels, logits.shape[1])
-    return torch.where(lost[:, None], labels.float().clamp(min=1e-12).log(), logits)

@@ -20,18 +20,22 @@ from torchvision import tv_tensors
 
 from supermix_transforms.batch import (
     MixBatch,
-    Mixed,
     MixResult,
-    Outcome,
-    TeacherLabels,
+    register,
+)
+from supermix_transforms.inputs import (
     check_images,
     check_labels,
     find_images,
     find_labels,
     identities,
-    register,
     sample_keys,
     split_batch,
+)
+from supermix_transforms.results import (
+    Mixed,
+    Outcome,
+    TeacherLabels,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from supermix_transforms.batch import ClassMaps, Outcome
 from supermix_transforms.mixing import (
     Draw,
     check_k,
@@ -18,6 +17,10 @@ from supermix_transforms.mixing import (
     soft_targets,
     supermix,
     unmixed,
+)
+from supermix_transforms.results import (
+    ClassMaps,
+    Outcome,
 )
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
