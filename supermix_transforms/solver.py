@@ -8,49 +8,34 @@ step and gives the gradient of the next. Rows that are finished leave the batch 
 again.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from supermix_transforms.losses import kl_divergence, mixing_objective, sparsity
-from supermix_transforms.masks import (
-    Normalisation,
-    average,
-    blend,
-    blur,
-    normalise,
-    project,
-    render,
-    upsample,
+from supermix_transforms.losses import kl_divergence, sparsity
+from supermix_transforms.masks import Normalisation, blend, render
+from supermix_transforms.methods import (
+    METHODS,
+    Hint,
+    Logits,
+    Method,
+    Resolved,
+    Tuples,
+    ask,
+    finite_rows,
+    gradient_of,
+    margins,
+    newton_step,
+    saliency,
 )
-from supermix_transforms.results import (
-    ClassMaps,
-    Mixed,
-    Outcome,
-)
+from supermix_transforms.results import ClassMaps, Mixed, Outcome
 
-__all__ = ["SolverSettings", "newton_step", "saliency", "solve"]
+__all__ = ["SolverSettings", "margins", "newton_step", "saliency", "solve"]
 
-Logits: TypeAlias = Callable[[Tensor], Tensor]
 Number = TypeVar("Number", int, float)
-Hint: TypeAlias = ClassMaps | Tensor  # of each picture: its class maps, or its saliency (P, w, w)
 
-# The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
-TAU = 0.5  # temperature of the smooth maximum over the other classes
-DELTA = 0.5  # margin that the loss asks for, beyond the one that is checked
-MOMENTUM = 0.6
-NEAR = -0.7  # margin from which a row is expected to pass its next check, in logits
-STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
-START_STEPS, START_RATE, START_MARGIN = 60, 0.3, 2.0
-START_SPARSITY, START_KL = 20.0, 0.1  # weights of the surrogate's terms
-
-SALIENCY_BLUR, SALIENCY_GAIN, SALIENCY_FLOOR = 1.0, 6.0, 1e-3
-
-LENGTH_LIMITS = (1e-4, 2000.0)  # of the paper's step; the bounds are the authors' code's
 ACTIVATIONS = 100  # bytes a teacher keeps for a backward, in float32 pictures; a ResNet-50's is 85
 DEFAULT_MEMORY = 4 << 30
 
@@ -120,54 +105,6 @@ def _default(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 
-class Resolved(NamedTuple):
-    """`SolverSettings` for one k and one picture size, nothing left open."""
-
-    mask_size: int
-    sigma: float
-    sparsity: float
-    margin: float
-    max_steps: int
-    polish: int
-    lambda_s: float
-    memory: int
-
-
-class Tuples(NamedTuple):
-    """B tuples to be mixed, and what is asked of each."""
-
-    images: Tensor  # (P, C, H, W)
-    sources: Tensor  # (B, k) rows of images
-    weights: Tensor  # (B, k)
-    targets: Tensor  # (B, N), Eq. 2
-    members: Tensor  # (B, N) bool, the classes that must come first
-
-    def rows(self, rows: Tensor) -> "Tuples":
-        return Tuples(self.images, *(value[rows] for value in self[1:]))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.images.shape[-2], self.images.shape[-1]
-
-    @property
-    def coarse(self) -> tuple[int, int]:
-        """The size at which sparsity is measured while searching: a quarter from 128 px on."""
-        height, width = self.size
-        return (height // 4, width // 4) if min(height, width) >= 128 else (height, width)
-
-
-class Method(NamedTuple):
-    """What tells one solver from another."""
-
-    normalisation: Normalisation
-    keep_best: bool  # what a row that never converges hands out: its best iterate, or its last
-    near: float  # margin from which a row is expected to pass its next check, in logits
-    start: Callable[[Tuples, Hint | None, Resolved], Tensor]  # -> mask logits z
-    loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
-    # z, momentum u, loss (B,), gradient -> next z and u
-    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tuples, Resolved], tuple[Tensor, Tensor]]
-
-
 def solve(
     images: Tensor,
     teacher: Logits,
@@ -198,7 +135,7 @@ def solve(
     method = METHODS[settings.method]
     k = sources.shape[1]
     resolved = settings.resolve(k, (images.shape[-2], images.shape[-1]))
-    lost = ~_finite_rows(originals)[sources].all(dim=1)
+    lost = ~finite_rows(originals)[sources].all(dim=1)
     classes = originals.nan_to_num(nan=-torch.inf).argmax(dim=1)
     wanted = classes[sources]  # (M, k)
     targets = weights.new_zeros(len(sources), originals.shape[1]).float()
@@ -213,13 +150,13 @@ def solve(
         torch.autocast(images.device.type, enabled=False),
     ):
         hint: Hint | None = maps
-        if hint is None and method.start is _fast_start:
+        if hint is None and method.wants_hint:
             hint = saliency(images, teacher, classes, resolved.mask_size, chunk=chunk)
         parts = []
         for rows in torch.arange(len(sources), device=images.device).split(chunk):
             part = problem.rows(rows)
             z = method.start(part, hint, resolved)
-            z = torch.where(_finite_rows(z)[:, None, None, None], z, 0.0)
+            z = torch.where(finite_rows(z)[:, None, None, None], z, 0.0)
             parts.append(_search(part, teacher, z, lost[rows], method, resolved))
         mixed = Mixed.concatenate(parts)
     if isinstance(hint, Tensor):  # saliency costs each picture a forward and a backward
@@ -227,65 +164,6 @@ def solve(
         mixed.forwards.add_(share)
         mixed.backwards.add_(share)
     return mixed
-
-
-def newton_step(
-    loss: Tensor, gradient: Tensor, sigma: float, limits: tuple[float, float] | None = None
-) -> Tensor:
-    """Eq. 7: the Newton step with smooth projection, ``-L / <G*g, g> G*g`` of each row.
-
-    On a linear loss one step leads to its zero; with sigma = 0 it is Eq. 6.
-
-    Args:
-        loss: (B,).
-        gradient: of each row's loss, (B, k, w, w).
-        sigma: of the Gaussian G, in cells.
-        limits: bounds of ``L / <G*g, g>``; without them it is 0 where the gradient vanishes.
-
-    Returns:
-        (B, k, w, w); 0 where the gradient is.
-    """
-    smooth = blur(gradient, sigma)
-    norm = (smooth * gradient).sum(dim=(1, 2, 3))
-    if limits is None:
-        length = torch.where(norm > 1e-12, loss / norm.clamp(min=1e-12), 0.0)
-    else:  # a norm of 0 gives the upper limit, or NaN where the loss is 0 too
-        length = (loss / norm).nan_to_num(nan=0.0).clamp(*limits)
-    return -length[:, None, None, None] * smooth
-
-
-def margins(logits: Tensor, members: Tensor) -> Tensor:
-    """By how much the tuple's classes beat all others: (B, N) and (B, N) bool -> (B,)."""
-    lowest = logits.masked_fill(~members, torch.inf).amin(dim=1)
-    return lowest - logits.masked_fill(members, -torch.inf).amax(dim=1)
-
-
-def saliency(
-    images: Tensor, teacher: Logits, classes: Tensor, mask_size: int, *, chunk: int = 64
-) -> Tensor:
-    """Where each picture's class is seen: ``|d logit / d pixel|`` on the masks' grid.
-
-    Args:
-        images: (P, C, H, W), as `solve` takes them.
-        teacher: images -> logits.
-        classes: (P,) int64, whose logit is asked for.
-        mask_size: cells a side.
-        chunk: pictures at a time.
-
-    Returns:
-        (P, w, w) float32, blurred, of mean 1; 1 everywhere if the teacher's answer does not depend
-        on the picture.
-    """
-    parts = []
-    for rows in torch.arange(len(images), device=images.device).split(chunk):
-        leaf = images[rows].float().requires_grad_()
-        logits = _ask(teacher, leaf, images.dtype)
-        picked = logits.gather(1, classes[rows, None]).sum()
-        slope = _gradient(picked, leaf).abs().sum(dim=1)  # (B, H, W)
-        cells = blur(average(slope, (mask_size, mask_size)), SALIENCY_BLUR)
-        mean = cells.mean(dim=(1, 2), keepdim=True)
-        parts.append(torch.where((mean > 0) & mean.isfinite(), cells / mean, 1.0))
-    return torch.cat(parts)
 
 
 # -- the search ------------------------------------------------------------------------------------
@@ -347,9 +225,9 @@ def _search(
         leaf = now.z.detach().requires_grad_()
         masks = render(leaf, part.size, method.normalisation)
         pictures = blend(part.images[part.sources], masks)
-        logits = _ask(teacher, pictures, part.images.dtype)
+        logits = ask(teacher, pictures, part.images.dtype)
         with torch.no_grad():
-            finite = _finite_rows(logits) & ~now.broken
+            finite = finite_rows(logits) & ~now.broken
             now.margin = margins(logits, part.members)
             passed = finite & (now.margin > settings.margin)
             # the less KL the better, once converged
@@ -379,14 +257,14 @@ def _search(
         if len(seen.going) == 0:
             break
         loss = method.loss(seen.logits, seen.masks, seen.part, settings)
-        gradient = _gradient(loss[seen.going].sum(), seen.leaf)[seen.going]
+        gradient = gradient_of(loss[seen.going].sum(), seen.leaf)[seen.going]
         best.backwards[now.rows] += 1
         with torch.no_grad():
             now.polish = now.polish - now.found.long()
             loss, part = loss.detach()[seen.going], seen.part.rows(seen.going)
             now = now.take(seen.going)
             z, u = method.update(now.z, now.u, loss, gradient, part, settings)
-            now.broken = ~(_finite_rows(z) & _finite_rows(u))
+            now.broken = ~(finite_rows(z) & finite_rows(u))
             stay = now.broken[:, None, None, None]
             now.z, now.u = torch.where(stay, now.z, z), torch.where(stay, 0.0, u)
     return best.mixed(method.normalisation)
@@ -464,112 +342,3 @@ class _Best:
             forwards=self.forwards,
             backwards=self.backwards,
         )
-
-
-def _ask(teacher: Logits, pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits (B, N) float32; teachers get 8-bit pictures on 0..1."""
-    return teacher(pictures / 255 if dtype == torch.uint8 else pictures.to(dtype)).float()
-
-
-def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
-    """d value / d leaf, 0 where there is no path between them (a constant teacher)."""
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
-    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if gradient is None else gradient.detach()
-
-
-def _finite_rows(values: Tensor) -> Tensor:
-    return values.flatten(1).isfinite().all(dim=1)
-
-
-# -- the paper's method ----------------------------------------------------------------------------
-
-
-def _zero_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
-    """Algorithm 1, line 6."""
-    rows, k = problem.sources.shape
-    cells = settings.mask_size
-    return problem.targets.new_zeros(rows, k, cells, cells)
-
-
-def _paper_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
-    return mixing_objective(logits, problem.targets, masks, lambda_s=settings.lambda_s)
-
-
-def _paper_update(
-    z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 1, lines 10 and 11."""
-    return z + newton_step(loss, gradient, settings.sigma, LENGTH_LIMITS), u
-
-
-# -- the fast method -------------------------------------------------------------------------------
-
-
-def _fast_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
-    """Masks that a surrogate of the teacher, or its saliency, finds good: no teacher call."""
-    if isinstance(hint, Tensor):
-        z = SALIENCY_GAIN * hint.clamp(min=SALIENCY_FLOOR).log()[problem.sources]
-    else:
-        assert hint is not None
-        z = _optimise_surrogate(problem, hint, settings)
-    return project(z, settings.sparsity, problem.coarse)
-
-
-def _optimise_surrogate(problem: Tuples, maps: ClassMaps, settings: Resolved) -> Tensor:
-    """Adam on "logits = mean over cells of the masked class maps", (B, k, w, w).
-
-    Each row's problem is its own, and Adam works element by element: a row's result does not depend
-    on the others.
-    """
-    sources = problem.sources
-    cells = maps.features.shape[-2:]
-    used = sources.unique()
-    place = torch.searchsorted(used, sources)
-    shares = ClassMaps(maps.features[used], maps.weight, maps.bias).maps().flatten(2)
-    shares = shares[place] / shares.shape[-1]  # (B, k, N, hw)
-    sigma = settings.mask_size * 3 / 16
-    v = _zero_start(problem, maps, settings).requires_grad_()
-    optimiser = torch.optim.Adam([v], lr=START_RATE)
-    for _ in range(START_STEPS):
-        masks = normalise(upsample(blur(v, sigma), problem.coarse), "softmax")
-        weights = average(masks, (cells[0], cells[1])).flatten(2)  # (B, k, hw)
-        logits = maps.bias + torch.einsum("bku,bknu->bn", weights, shares)
-        short = (START_MARGIN - _leads(logits, problem.members)).relu().square()
-        loss = (
-            torch.where(problem.members, short, 0.0).sum(dim=1)
-            + START_SPARSITY * sparsity(masks)
-            + START_KL * kl_divergence(logits, problem.targets)
-        )
-        v.grad = _gradient(loss.sum(), v)
-        optimiser.step()
-    return blur(v.detach(), sigma)
-
-
-def _leads(logits: Tensor, members: Tensor) -> Tensor:
-    """Each class's logit above the smooth maximum of all classes outside the tuple, (B, N)."""
-    others = (logits / TAU).masked_fill(members, -torch.inf).logsumexp(dim=1, keepdim=True)
-    return logits - TAU * others.clamp(min=-1e4)  # the tuple may hold all classes there are
-
-
-def _fast_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
-    """A smooth hinge on each class's lead, plus KL to the target; sparsity is the projection's."""
-    short = TAU * F.softplus((DELTA - _leads(logits, problem.members)) / TAU)
-    hinge = torch.where(problem.members, short, 0.0).sum(dim=1)
-    return hinge + kl_divergence(logits, problem.targets)
-
-
-def _fast_update(
-    z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
-) -> tuple[Tensor, Tensor]:
-    gradient = gradient - gradient.mean(dim=1, keepdim=True)
-    step = newton_step(loss, gradient, settings.sigma).clamp(-STEP_CLAMP, STEP_CLAMP)
-    u = MOMENTUM * u + step
-    return project(z + u, settings.sparsity, problem.coarse), u
-
-
-METHODS = {
-    "fast": Method("softmax", True, NEAR, _fast_start, _fast_loss, _fast_update),
-    "paper": Method("sigmoid", False, float("inf"), _zero_start, _paper_loss, _paper_update),
-}

@@ -384,19 +384,31 @@ def test_polish_lowers_kl_and_keeps_what_converged(method):
     assert_close(teacher(polished.images).detach(), polished.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_polish_tells_small_differences_of_kl():
-    """The converged iterate of least KL is kept, to the precision of float32."""
+@BOTH
+def test_the_converged_iterate_of_least_kl_is_kept(method):
+    """To the precision of float32: late polish steps gain little."""
     teacher = Cells()
-    images = pictures(teacher)
-    parts = tuples(images, 2)
-    target = torch.zeros(len(images), 6)
-    target.scatter_add_(1, teacher(images).argmax(dim=1)[parts["sources"]], parts["weights"])
-    before = torch.full((len(images),), torch.inf)
-    for polish in (0, 3, 4, 5):
-        mixed = run(images, teacher, kind="saliency", polish=polish)
-        divergence = kl_divergence(mixed.logits, target).where(mixed.converged, torch.inf)
-        assert (divergence <= before + 1e-4).all()
-        before = divergence
+    images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
+    originals = teacher(images[:, :-1]).detach()
+    wanted = originals.argmax(dim=1)[parts["sources"]]
+    target = torch.zeros(len(wanted), 6).scatter_add(1, wanted, parts["weights"])
+    members = torch.zeros(len(wanted), 6, dtype=torch.bool).scatter(1, wanted, True)
+    least = torch.full((len(wanted),), torch.inf)
+
+    def recorded(x):
+        logits = teacher(x[:, :-1])
+        if len(x) <= len(wanted):  # not the originals, for their saliency
+            rows = x[:, -1].mean(dim=(1, 2)).round().long()
+            passed = margins(logits, members[rows]) > 0.25
+            divergence = kl_divergence(logits.detach(), target[rows]).where(passed, torch.inf)
+            least[rows] = torch.minimum(least[rows], divergence)
+        return logits
+
+    given = {"margin": 0.25, "polish": 12, "max_steps": 10, "originals": originals}
+    mixed = run(images, recorded, method=method, **given, **parts)
+    done = mixed.converged
+    assert done.sum() >= 3
+    assert_close(kl_divergence(mixed.logits, target)[done], least[done], atol=1e-6, rtol=1e-6)
 
 
 # -- finished rows ---------------------------------------------------------------------------------
@@ -586,14 +598,15 @@ def test_a_row_without_a_finite_answer_ends_alone(method, value, call):
 
 
 @KINDS
-def test_originals_without_a_finite_answer_end_their_tuples(kind):
+@pytest.mark.parametrize("memory", [None, 1])
+def test_originals_without_a_finite_answer_end_their_tuples(kind, memory):
     teacher = Cells()
     images = pictures(teacher)
     originals = teacher(images).detach()
     expected = run(images, teacher, kind=kind, originals=originals.clone(), max_steps=4)
     originals[3, 2] = torch.nan
     originals[4] = torch.inf
-    mixed = run(images, teacher, kind=kind, originals=originals, max_steps=4)
+    mixed = run(images, teacher, kind=kind, originals=originals, max_steps=4, memory=memory)
     lost = torch.isin(tuples(images, 2)["sources"], torch.tensor([3, 4])).any(dim=1)
     assert torch.equal(mixed.outcome == Outcome.NOT_FINITE, lost)
     check_finite(mixed)

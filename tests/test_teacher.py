@@ -70,7 +70,8 @@ class Viewing(Functional):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)
-        return self.head(features.view(len(images), 8, -1).mean(dim=2))
+        flat = features.view(len(images), -1)
+        return self.head(flat.unflatten(1, (8, -1)).mean(dim=2))
 
 
 def noise(batch: int = 5, size: tuple[int, int] = (9, 7)) -> Tensor:
@@ -474,6 +475,8 @@ def test_half_precision_modules(dtype):
 
 def test_channels_last_maps_may_be_viewed():
     net, images = Viewing(), noise()
+    with pytest.raises(RuntimeError, match="view"):
+        net(images.contiguous(memory_format=torch.channels_last))
     labeler = TeacherLabeler(net)
     assert_close(labeler.logits(images), net(images))
     use_all(labeler)

@@ -1,0 +1,264 @@
+"""What tells one solver from another: where it starts, its loss, and its step.
+
+Source: SuperMix (Dabouei et al., CVPR 2021), section 3.1: the paper's method and the Newton step;
+docs/solver.md for the fast one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from supermix_transforms.losses import kl_divergence, mixing_objective, sparsity
+from supermix_transforms.masks import Normalisation, average, blur, project, render
+from supermix_transforms.results import ClassMaps
+
+__all__ = [
+    "METHODS",
+    "Hint",
+    "Logits",
+    "Method",
+    "Resolved",
+    "Tuples",
+    "ask",
+    "finite_rows",
+    "gradient_of",
+    "margins",
+    "newton_step",
+    "saliency",
+]
+
+Logits: TypeAlias = Callable[[Tensor], Tensor]
+Hint: TypeAlias = ClassMaps | Tensor  # of each picture: its class maps, or its saliency (P, w, w)
+
+# The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
+TAU = 0.5  # temperature of the smooth maximum over the other classes
+DELTA = 0.5  # margin that the loss asks for, beyond the one that is checked
+MOMENTUM = 0.7
+NEAR = -0.7  # margin from which a row is expected to pass its next check, in logits
+STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
+START_STEPS, START_RATE, START_MARGIN = 60, 0.3, 2.0
+START_SPARSITY, START_KL = 20.0, 0.1  # weights of the surrogate's terms
+
+SALIENCY_BLUR, SALIENCY_GAIN, SALIENCY_FLOOR = 1.0, 6.0, 1e-3
+
+LENGTH_LIMITS = (1e-4, 2000.0)  # of the paper's step; the bounds are the authors' code's
+
+
+class Resolved(NamedTuple):
+    """`SolverSettings` for one k and one picture size, nothing left open."""
+
+    mask_size: int
+    sigma: float
+    sparsity: float
+    margin: float
+    max_steps: int
+    polish: int
+    lambda_s: float
+    memory: int
+
+
+class Tuples(NamedTuple):
+    """B tuples to be mixed, and what is asked of each."""
+
+    images: Tensor  # (P, C, H, W)
+    sources: Tensor  # (B, k) rows of images
+    weights: Tensor  # (B, k)
+    targets: Tensor  # (B, N), Eq. 2
+    members: Tensor  # (B, N) bool, the classes that must come first
+
+    def rows(self, rows: Tensor) -> "Tuples":
+        return Tuples(self.images, *(value[rows] for value in self[1:]))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[-2], self.images.shape[-1]
+
+    @property
+    def coarse(self) -> tuple[int, int]:
+        """The size at which sparsity is measured while searching: a quarter from 128 px on."""
+        height, width = self.size
+        return (height // 4, width // 4) if min(height, width) >= 128 else (height, width)
+
+
+class Method(NamedTuple):
+    """What tells one solver from another."""
+
+    normalisation: Normalisation
+    keep_best: bool  # what a row that never converges hands out: its best iterate, or its last
+    wants_hint: bool  # starts from class maps or saliency
+    near: float  # margin from which a row is expected to pass its next check, in logits
+    start: Callable[[Tuples, Hint | None, Resolved], Tensor]  # -> mask logits z
+    loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
+    # z, momentum u, loss (B,), gradient -> next z and u
+    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tuples, Resolved], tuple[Tensor, Tensor]]
+
+
+def newton_step(
+    loss: Tensor, gradient: Tensor, sigma: float, limits: tuple[float, float] | None = None
+) -> Tensor:
+    """Eq. 7: the Newton step with smooth projection, ``-L / <G*g, g> G*g`` of each row.
+
+    On a linear loss one step leads to its zero; with sigma = 0 it is Eq. 6.
+
+    Args:
+        loss: (B,).
+        gradient: of each row's loss, (B, k, w, w).
+        sigma: of the Gaussian G, in cells.
+        limits: bounds of ``L / <G*g, g>``; without them it is 0 where the gradient vanishes.
+
+    Returns:
+        (B, k, w, w); 0 where the gradient is.
+    """
+    smooth = blur(gradient, sigma)
+    norm = (smooth * gradient).sum(dim=(1, 2, 3))
+    if limits is None:
+        length = torch.where(norm > 1e-12, loss / norm.clamp(min=1e-12), 0.0)
+    else:  # a norm of 0 gives the upper limit, or NaN where the loss is 0 too
+        length = (loss / norm).nan_to_num(nan=0.0).clamp(*limits)
+    return -length[:, None, None, None] * smooth
+
+
+def margins(logits: Tensor, members: Tensor) -> Tensor:
+    """By how much the tuple's classes beat all others: (B, N) and (B, N) bool -> (B,)."""
+    lowest = logits.masked_fill(~members, torch.inf).amin(dim=1)
+    return lowest - logits.masked_fill(members, -torch.inf).amax(dim=1)
+
+
+def saliency(
+    images: Tensor, teacher: Logits, classes: Tensor, mask_size: int, *, chunk: int = 64
+) -> Tensor:
+    """Where each picture's class is seen: ``|d logit / d pixel|`` on the masks' grid.
+
+    Args:
+        images: (P, C, H, W), as `solve` takes them.
+        teacher: images -> logits.
+        classes: (P,) int64, whose logit is asked for.
+        mask_size: cells a side.
+        chunk: pictures at a time.
+
+    Returns:
+        (P, w, w) float32, blurred, of mean 1; 1 everywhere if the teacher's answer does not depend
+        on the picture.
+    """
+    parts = []
+    for rows in torch.arange(len(images), device=images.device).split(chunk):
+        leaf = images[rows].float().requires_grad_()
+        logits = ask(teacher, leaf, images.dtype)
+        picked = logits.gather(1, classes[rows, None]).sum()
+        slope = gradient_of(picked, leaf).abs().sum(dim=1)  # (B, H, W)
+        cells = blur(average(slope, (mask_size, mask_size)), SALIENCY_BLUR)
+        mean = cells.mean(dim=(1, 2), keepdim=True)
+        parts.append(torch.where((mean > 0) & mean.isfinite(), cells / mean, 1.0))
+    return torch.cat(parts)
+
+
+def ask(teacher: Logits, pictures: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits (B, N) float32; teachers get 8-bit pictures on 0..1."""
+    return teacher(pictures / 255 if dtype == torch.uint8 else pictures.to(dtype)).float()
+
+
+def gradient_of(value: Tensor, leaf: Tensor) -> Tensor:
+    """d value / d leaf, 0 where there is no path between them (a constant teacher)."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if gradient is None else gradient.detach()
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+# -- the paper's method ----------------------------------------------------------------------------
+
+
+def _zero_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
+    """Algorithm 1, line 6."""
+    rows, k = problem.sources.shape
+    cells = settings.mask_size
+    return problem.targets.new_zeros(rows, k, cells, cells)
+
+
+def _paper_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
+    return mixing_objective(logits, problem.targets, masks, lambda_s=settings.lambda_s)
+
+
+def _paper_update(
+    z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, lines 10 and 11."""
+    return z + newton_step(loss, gradient, settings.sigma, LENGTH_LIMITS), u
+
+
+# -- the fast method -------------------------------------------------------------------------------
+
+
+def _fast_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
+    """Masks that a surrogate of the teacher, or its saliency, finds good: no teacher call."""
+    if isinstance(hint, Tensor):
+        z = SALIENCY_GAIN * hint.clamp(min=SALIENCY_FLOOR).log()[problem.sources]
+    else:
+        assert hint is not None
+        z = _optimise_surrogate(problem, hint, settings)
+    return project(z, settings.sparsity, problem.coarse)
+
+
+def _optimise_surrogate(problem: Tuples, maps: ClassMaps, settings: Resolved) -> Tensor:
+    """Adam on "logits = mean over cells of the masked class maps", (B, k, w, w).
+
+    Each row's problem is its own, and Adam works element by element: a row's result does not depend
+    on the others.
+    """
+    sources = problem.sources
+    cells = maps.features.shape[-2:]
+    used = sources.unique()
+    place = torch.searchsorted(used, sources)
+    shares = ClassMaps(maps.features[used], maps.weight, maps.bias).maps().flatten(2)
+    shares = shares[place] / shares.shape[-1]  # (B, k, N, hw)
+    sigma = settings.mask_size * 3 / 16
+    v = _zero_start(problem, maps, settings).requires_grad_()
+    optimiser = torch.optim.Adam([v], lr=START_RATE)
+    for _ in range(START_STEPS):
+        masks = render(blur(v, sigma), problem.coarse)
+        weights = average(masks, (cells[0], cells[1])).flatten(2)  # (B, k, hw)
+        logits = maps.bias + torch.einsum("bku,bknu->bn", weights, shares)
+        short = (START_MARGIN - _leads(logits, problem.members)).relu().square()
+        loss = (
+            torch.where(problem.members, short, 0.0).sum(dim=1)
+            + START_SPARSITY * sparsity(masks)
+            + START_KL * kl_divergence(logits, problem.targets)
+        )
+        v.grad = gradient_of(loss.sum(), v)
+        optimiser.step()
+    return blur(v.detach(), sigma)
+
+
+def _leads(logits: Tensor, members: Tensor) -> Tensor:
+    """Each class's logit above the smooth maximum of all classes outside the tuple, (B, N)."""
+    others = (logits / TAU).masked_fill(members, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return logits - TAU * others.clamp(min=-1e4)  # the tuple may hold all classes there are
+
+
+def _fast_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
+    """A smooth hinge on each class's lead, plus KL to the target; sparsity is the projection's."""
+    short = TAU * F.softplus((DELTA - _leads(logits, problem.members)) / TAU)
+    hinge = torch.where(problem.members, short, 0.0).sum(dim=1)
+    return hinge + kl_divergence(logits, problem.targets)
+
+
+def _fast_update(
+    z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
+) -> tuple[Tensor, Tensor]:
+    gradient = gradient - gradient.mean(dim=1, keepdim=True)
+    step = newton_step(loss, gradient, settings.sigma).clamp(-STEP_CLAMP, STEP_CLAMP)
+    u = MOMENTUM * u + step
+    return project(z + u, settings.sparsity, problem.coarse), u
+
+
+METHODS = {
+    "fast": Method("softmax", True, True, NEAR, _fast_start, _fast_loss, _fast_update),
+    "paper": Method("sigmoid", False, False, float("inf"), _zero_start, _paper_loss, _paper_update),
+}
