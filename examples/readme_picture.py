@@ -42,4 +42,5 @@ arguments.out.parent.mkdir(parents=True, exist_ok=True)
 # 90 dots an inch keep the file small; the README shows it narrower still.
 overview(panels).savefig(arguments.out, dpi=90)
 for panel in panels:
-    print(panel.outcome, panel.steps, f"{panel.sparsity:.3f}", panel.top[: len(panel.names)])
+    seen = ", ".join(f"{top.name} {top.probability:.0%}" for top in panel.top[: len(panel.names)])
+    print(f"{panel.outcome}, {panel.steps} steps, L_s {panel.sparsity:.3f}: {seen}")

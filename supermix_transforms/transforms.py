@@ -6,6 +6,7 @@ along.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -54,7 +55,7 @@ from supermix_transforms.teacher import TeacherLabeler, as_labeler
 __all__ = ["BatchMix", "CutMix", "MixUp", "SuperMix"]
 
 
-class BatchMix(v2.Transform):
+class BatchMix(v2.Transform, ABC):
     """What the three have in common: finding pictures and labels, and carrying targets along.
 
     A subclass says how to mix in `mix`; nothing else is overridden.
@@ -83,6 +84,7 @@ class BatchMix(v2.Transform):
         """Draw anew: with an integer seed, the same batch is mixed otherwise in another epoch."""
         self.epoch = epoch
 
+    @abstractmethod
     def mix(
         self,
         images: Tensor,
@@ -97,7 +99,6 @@ class BatchMix(v2.Transform):
         `redraws` is for mixes that are searched for. With `relabel` the caller labels the mixes
         itself, so those that have no label yet need none.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how to mix.")
 
     def forward(self, *inputs: Any) -> Any:
         batch = inputs if len(inputs) > 1 else inputs[0]
@@ -312,8 +313,9 @@ class _Blind(BatchMix):
         self.num_classes = num_classes
         self.teacher = None if teacher is None else as_labeler(teacher)
 
+    @abstractmethod
     def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
-        raise NotImplementedError
+        """Masks (M, k, H, W) of the tuples `sources` (M, k)."""
 
     def mix(
         self,

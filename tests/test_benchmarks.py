@@ -1,0 +1,40 @@
+"""The benchmark script on real pictures with a real teacher, a few of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from supermix_transforms import TeacherLabeler
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import solver
+
+    yield solver
+    del sys.modules["solver"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "partners", "least", "most_sparsity", "most_pairs"),
+    [
+        ("fast", "random", 0.98, 0.071, 3.5),
+        ("fast", "matched", 0.98, 0.071, 2.5),
+        ("paper", "random", 0.96, 0.25, 8.0),
+    ],
+)
+def test_cifar10_pictures_are_mixed(
+    benchmark, data, method, partners, least, most_sparsity, most_pairs
+):
+    net = benchmark.cifar10_resnet56(data / "cifar10" / "resnet56.safetensors")
+    teacher = TeacherLabeler(net, mean=benchmark.MEAN, std=benchmark.STD)
+    images = benchmark.pictures(data, "cifar10", "test", False)[:100]
+    figures = benchmark.run(images, teacher, 2, method, partners)
+    assert figures["converged"] >= least
+    assert figures["sparsity"] <= most_sparsity
+    assert figures["pairs_per_image"] <= most_pairs
