@@ -45,6 +45,7 @@ __all__ = ["MixLoader", "SuperMixCollate"]
 Unconverged = Literal["keep", "drop", "redraw"]
 Self = TypeVar("Self", bound="_BatchMixer")
 REDRAWS = 2
+FOREIGN, AFTER = 3, 4  # purposes of random numbers, beside those of `mixing`
 
 
 class _BatchMixer:
@@ -102,7 +103,7 @@ class _BatchMixer:
                 result = self._ours(self._transform, images, labels, ids)
             else:
                 result = self._foreign(self._transform, images, labels, ids)
-            result = self._finish(result)
+            result = self._finish(result, Draw(self.seed, self.epoch, ids))
             return self._drop(result) if self._unconverged == "drop" else result
 
     def _ours(
@@ -127,8 +128,7 @@ class _BatchMixer:
         self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
     ) -> MixResult:
         """Somebody else's transform: it draws from torch's global generator, put back after it."""
-        draw = Draw(self.seed, self.epoch, ids)
-        with _seeded(draw.digest(3, *ids.tolist()), images.device):
+        with _seeded(Draw(self.seed, self.epoch, ids), FOREIGN, images.device):
             output = transform(images, labels) if labels is not None else transform(images)
         pictures, targets = output if labels is not None else (output, None)
         itself = torch.arange(len(pictures), device=images.device)[:, None]
@@ -145,12 +145,13 @@ class _BatchMixer:
             check_labels(labels, len(images), teacher.num_classes)
         return MixResult(images, labels, teacher, None, None, teacher.probs)
 
-    def _finish(self, result: MixResult) -> MixResult:
+    def _finish(self, result: MixResult, draw: Draw) -> MixResult:
         """`after=`, and whatever labels the transform has not given."""
         mixed, labeler = result.mixed, self._labeler
         assert mixed is not None
         if self._after is not None:
-            images = self._after(mixed.images)
+            with _seeded(draw, AFTER, mixed.images.device):
+                images = self._after(mixed.images)
             if images.shape != mixed.images.shape or images.dtype != mixed.images.dtype:
                 raise ValueError(
                     f"after: expected pictures {tuple(mixed.images.shape)} {mixed.images.dtype} "
@@ -376,8 +377,9 @@ class MixLoader(_BatchMixer):
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    seed &= 0x7FFFFFFFFFFFFFFF
+def _seeded(draw: Draw, purpose: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators depend on the draw inside, and are as they were afterwards."""
+    seed = draw.digest(purpose, *draw.ids.tolist()) & 0x7FFFFFFFFFFFFFFF
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         # torch.manual_seed would seed every device, also those that are not put back

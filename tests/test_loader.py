@@ -397,6 +397,23 @@ def test_after_changes_the_picture_before_the_teacher_labels_it(teacher):
     assert torch.equal(batch.converged, plain.converged)
 
 
+def test_a_random_after_depends_on_seed_and_epoch_alone(teacher):
+    samples = list(Pictures(4))
+
+    def mixed(seed, epoch=0):
+        collate = SuperMixCollate(teacher, seed=seed, after=v2.RandomErasing(p=1.0))
+        collate.set_epoch(epoch)
+        return collate(samples).mixed
+
+    state = torch.random.get_rng_state()
+    first = mixed(0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    assert_close(mixed(0), first)
+    assert not torch.equal(mixed(1), first)
+    assert not torch.equal(mixed(0, epoch=1), first)
+
+
 @pytest.mark.parametrize("after", [lambda x: x[..., 1:], lambda x: x.double(), lambda x: x[:2]])
 def test_after_must_keep_dtype_and_size(teacher, after):
     batch = SuperMixCollate(teacher, after=after)(list(Pictures(4)))
