@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["MixBatch", "MixResult", "Mixer", "refuse_dispatch", "register"]
-
 from supermix_transforms.results import Mixed, TeacherLabels
+
+__all__ = ["MixBatch", "MixResult", "Mixer", "refuse_dispatch", "register"]
 
 OutputForm: TypeAlias = Literal["batch", "tuple", "concat", "dict"]
 TargetForm: TypeAlias = Literal["soft", "hard"]
@@ -30,6 +30,14 @@ class MixResult(NamedTuple):
     mixed_teacher: TeacherLabels | None
     targets: Tensor | None  # (M, N) of the mixes, or of the originals where nothing was mixed
     traced: bool = True  # False: somebody else's transform, whose sources and masks nobody knows
+
+    def to(self, device: torch.device | str | int) -> "MixResult":
+        moved: dict[str, Any] = {
+            name: value if value is None else value.to(device)
+            for name, value in self._asdict().items()
+            if name != "traced"
+        }
+        return self._replace(**moved)
 
 
 class Mixer(Protocol):
@@ -57,7 +65,7 @@ class MixBatch:
     Reading any of ``teacher, mixed, mixed_teacher, targets, sources, weights, mask_logits, masks,
     outcome, converged, steps`` makes the mix, once, as ``.mix()`` does; ``.to(device)`` moves the
     originals and returns the form that ``output=`` asked for. ``mixed_images, targets = batch``
-    works too.
+    works too. ``extra`` holds the samples' other fields, as they were stacked, by key or position.
 
     It is no mapping, tuple or dataclass on purpose: whatever walks containers (Accelerate,
     Lightning, ``pin_memory``) must see a leaf with ``.to`` and never the raw pictures inside.
@@ -77,6 +85,7 @@ class MixBatch:
         self._images, self._labels, self._ids = images, labels, ids
         self._mixer, self._token = mixer, token
         self._result: MixResult | None = None
+        self._device: torch.device | str | int | None = None  # where .to() was asked to put all
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_mixer": None}
@@ -165,23 +174,30 @@ class MixBatch:
     def mix(self) -> "MixBatch":
         """Make the mixes now, unless they are there already. Returns the batch itself."""
         if self._result is None:
-            self._result = self._owner().mix(self._images, self._labels, self._ids)
+            result = self._owner().mix(self._images, self._labels, self._ids)
+            self._result = result if self._device is None else result.to(self._device)
         return self
 
     # -- moving ------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Any:
-        """Move the originals and return the form that ``output=`` asked for.
+        """Move the batch and return the form that ``output=`` asked for.
 
-        Mixes live where the teacher lives; ``"tuple"``, ``"concat"`` and ``"dict"`` are handed out
-        on `device`.
+        Mixing runs where the teacher lives; what it makes is handed out on `device`. `extra` stays
+        where it is.
+
+        Raises:
+            RuntimeError: if the mixer is not in this process, or mixing raised a TypeError.
         """
+        self._device = device
         try:
             if self._result is None:
                 self._images = self._images.to(device, non_blocking=non_blocking)
                 if self._labels is not None:
                     self._labels = self._labels.to(device, non_blocking=non_blocking)
-            return self._form(device)
+            else:
+                self._result = self._result.to(device)
+            return self._form()
         except TypeError as error:
             # Accelerate answers a TypeError by calling .to again, which would mix twice and could
             # lose the error.
@@ -231,15 +247,14 @@ class MixBatch:
         mixed, targets = self.as_tuple()
         return {"pixel_values": mixed, "labels": targets}
 
-    def _form(self, device: torch.device | str | int) -> Any:
-        """What ``output=`` asked for, on `device`."""
+    def _form(self) -> Any:
+        """What ``output=`` asked for."""
         output = self._owner().output
         if output == "batch":
             return self
         if output == "dict":
-            return {name: value.to(device) for name, value in self.as_dict().items()}
-        pair = self.as_concat() if output == "concat" else self.as_tuple()
-        return tuple(value.to(device) for value in pair)
+            return self.as_dict()
+        return self.as_concat() if output == "concat" else self.as_tuple()
 
     @property
     def _done(self) -> MixResult:

@@ -14,11 +14,21 @@ from supermix_transforms.results import (
     Mixed,
 )
 
-__all__ = ["check_fits", "is_box_targets", "is_tv", "mix_boxes", "mix_masks"]
+__all__ = ["check_fits", "is_box_targets", "is_tv", "mix_boxes", "mix_masks", "refuse_untyped"]
 
 
 def mix_masks(masks: Tensor, mixed: Mixed) -> Tensor:
-    """Segmentation masks (B, ..., H, W) of the originals as those of the mixes, by pixel owner."""
+    """Segmentation masks (B, ..., H, W) of the originals as those of the mixes, by pixel owner.
+
+    Raises:
+        ValueError: for masks of another size than the mixes.
+    """
+    if masks.ndim < 3 or masks.shape[-2:] != mixed.images.shape[-2:]:
+        size = tuple(mixed.images.shape[-2:])
+        raise ValueError(
+            f"masks: expected (B, ..., H, W) with the mixes' size {size}, got "
+            f"{tuple(masks.shape)}. Resize masks and pictures alike."
+        )
     owner = owners(mixed.masks)  # (M, H, W)
     plain = masks.as_subclass(Tensor)[mixed.sources]  # (M, k, ..., H, W)
     index = owner.view(len(owner), 1, *[1] * (plain.ndim - 4), *owner.shape[1:])
@@ -43,7 +53,7 @@ def mix_boxes(
         ValueError: for another number of dicts, fields that differ, boxes that are not (n, 4).
     """
     per_box = _per_box_fields(targets, mixed)
-    owner = owners(mixed.masks)
+    owner = owners(mixed.masks).cpu()  # once, not for each box
     outputs = []
     for row, sources in enumerate(mixed.sources.tolist()):
         kept: list[dict[str, Any]] = []
@@ -135,3 +145,24 @@ def check_fits(leaf: Tensor, images: Tensor) -> None:
             f"{type(leaf).__name__}: expected the batch and size of the pictures "
             f"{tuple(images.shape)}, got {tuple(leaf.shape)}. Stack and resize them alike."
         )
+
+
+def refuse_untyped(leaves: Sequence[Any], images: Sequence[Tensor]) -> None:
+    """Raise for a plain tensor of the pictures' batch and size, which would stay unmixed.
+
+    Stacking by ``default_collate`` makes a plain tensor of a tv_tensors.Mask.
+    """
+    for leaf in leaves:
+        if (
+            isinstance(leaf, Tensor)
+            and not is_tv(leaf)
+            and not any(leaf is image for image in images)
+            and leaf.ndim >= 3
+            and len(leaf) == len(images[0])
+            and leaf.shape[-2:] == images[0].shape[-2:]
+        ):
+            raise ValueError(
+                f"expected dense targets as tv_tensors.Mask, got a plain tensor "
+                f"{tuple(leaf.shape)} of the pictures' batch and size, which would stay unmixed. "
+                "Stacking drops the type: wrap it again, tv_tensors.Mask(x), or take it out."
+            )

@@ -113,7 +113,11 @@ def check_images(images: object) -> Tensor:
 
 
 def check_device(images: Tensor, device: torch.device | None) -> None:
-    """Raise unless pictures are where the teacher is; None: it takes them anywhere."""
+    """Check that pictures are where the teacher is; None: it takes them anywhere.
+
+    Raises:
+        ValueError: if they are not.
+    """
     if device is not None and images.device != device:
         raise ValueError(
             f"images: expected pictures on the teacher's device {device}, got {images.device}. "

@@ -9,10 +9,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from supermix_transforms.batch import (
@@ -35,6 +36,7 @@ from supermix_transforms.mixing import Draw
 from supermix_transforms.results import (
     Mixed,
     Outcome,
+    TeacherLabels,
 )
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -43,7 +45,6 @@ from supermix_transforms.transforms import BatchMix, SuperMix
 __all__ = ["MixLoader", "SuperMixCollate"]
 
 Unconverged = Literal["keep", "drop", "redraw"]
-Self = TypeVar("Self", bound="_BatchMixer")
 REDRAWS = 2
 FOREIGN, AFTER = 3, 4  # purposes of random numbers, beside those of `mixing`
 
@@ -78,8 +79,13 @@ class _BatchMixer:
         self.labels_getter, self.seed, self.epoch = labels_getter, seed, 0
         self._transform, self._labeler, self._after = transform, labeler, after
         self._unconverged = unconverged
-        self._largest = 0  # batch that was mixed so far
+        self._has_mixed = False
         self._token = ""
+
+    def _enlist(self) -> None:
+        """Become the owner of batches that are copied or come from another process."""
+        self._token = uuid.uuid4().hex
+        register(self._token, self)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other partners and weights than in other epochs."""
@@ -109,20 +115,21 @@ class _BatchMixer:
     def _ours(
         self, transform: BatchMix, images: Tensor, labels: Tensor | None, ids: Tensor
     ) -> MixResult:
-        if len(images) < transform.k and self._largest == 0:
+        if len(images) < transform.k and not self._has_mixed:
             raise ValueError(
                 f"expected batches of at least k={transform.k} pictures, got {len(images)} in the "
                 "first one. Use a larger batch_size or a smaller k; only the last batch of an "
                 "epoch may be short, and is then handed on unmixed."
             )
-        self._largest = max(self._largest, len(images))
+        self._has_mixed = True
         seed = self.seed if transform.seed is None else transform.seed
         redraws = REDRAWS if self._unconverged == "redraw" else 0
-        relabel = self._labeler is not None and (
-            self._after is not None or transform.teacher is None
-        )
         draw = Draw(seed, self.epoch, ids)
-        return transform.mix(images, labels, draw, redraws=redraws, relabel=relabel)
+        others = self._labeler is not None and transform.teacher is not self._labeler
+        relabel = others or (self._labeler is not None and self._after is not None)
+        result = transform.mix(images, labels, draw, redraws=redraws, relabel=relabel)
+        # our own labeler has the last word
+        return result._replace(teacher=None, mixed_teacher=None) if others else result
 
     def _foreign(
         self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
@@ -140,9 +147,7 @@ class _BatchMixer:
 
     def _label(self, images: Tensor, labels: Tensor | None) -> MixResult:
         assert self._labeler is not None
-        teacher = self._labeler(images)
-        if labels is not None:
-            check_labels(labels, len(images), teacher.num_classes)
+        teacher = _label_originals(self._labeler, images, labels)
         return MixResult(images, labels, teacher, None, None, teacher.probs)
 
     def _finish(self, result: MixResult, draw: Draw) -> MixResult:
@@ -151,25 +156,19 @@ class _BatchMixer:
         assert mixed is not None
         if self._after is not None:
             with _seeded(draw, AFTER, mixed.images.device):
-                images = self._after(mixed.images)
-            if images.shape != mixed.images.shape or images.dtype != mixed.images.dtype:
-                raise ValueError(
-                    f"after: expected pictures {tuple(mixed.images.shape)} {mixed.images.dtype} "
-                    f"back, got {tuple(images.shape)} {images.dtype}. Dtype and size have to stay; "
-                    "change them in the data set's transform."
-                )
-            result = result._replace(mixed=replace(mixed, images=images))
+                # one at a time: a batch would be cropped or flipped as a whole
+                images = [_same_kind(self._after(image), image) for image in mixed.images]
+            mixed = replace(mixed, images=torch.stack(images))
+            result = result._replace(mixed=mixed)
         if labeler is None:
             return result
         if self._after is not None or result.mixed_teacher is None:
-            assert result.mixed is not None
-            label = labeler(result.mixed.images)  # the teacher labels what is handed out
+            label = labeler(mixed.images)  # the teacher labels what is handed out
             result = result._replace(mixed_teacher=label, targets=label.probs)
         if result.teacher is None:
-            teacher = labeler(result.images)
-            if result.labels is not None:
-                check_labels(result.labels, len(result.images), teacher.num_classes)
-            result = result._replace(teacher=teacher)
+            result = result._replace(
+                teacher=_label_originals(labeler, result.images, result.labels)
+            )
         return result
 
     def _drop(self, result: MixResult) -> MixResult:
@@ -201,7 +200,8 @@ class SuperMixCollate(_BatchMixer):
         mix: another transform of ``(images, labels)``, in the place of SuperMix: `MixUp`, `CutMix`,
             ``v2.RandomChoice([...])``. The teacher then labels its result; k, alpha, partners and
             settings are the transform's own.
-        after: transform of the mixed pictures, before the teacher labels them; size and dtype stay.
+        after: transform of each mixed picture (C, H, W), before the teacher labels it; size and
+            dtype stay.
         output: what a batch's ``.to(device)`` returns: ``"batch"`` the `MixBatch`; ``"tuple"``
             ``(mixed, targets)``; ``"concat"`` originals and mixes in one, ``(2B images, 2B
             targets)``; ``"dict"`` ``{"pixel_values", "labels"}``.
@@ -209,7 +209,8 @@ class SuperMixCollate(_BatchMixer):
         unconverged: ``"keep"`` mixes the teacher does not see all classes in, ``"drop"`` them (a
             batch then has fewer mixes than originals, at worst none), or ``"redraw"`` them, at most
             twice, and keep what still fails.
-        collate: stacks the samples.
+        collate: stacks the samples. Segmentation masks and boxes of samples stay those of the
+            originals, under ``extra``; only the transforms mix them along.
         labels_getter: finds the labels in the stacked batch; None where there are none.
         seed: of all draws, with the epoch (`set_epoch`) and the samples' identities.
 
@@ -269,6 +270,8 @@ class SuperMixCollate(_BatchMixer):
         try:
             batch = self.collate(samples)
         except (RuntimeError, TypeError) as error:
+            if self.collate is not default_collate:
+                raise
             raise ValueError(
                 f"the samples could not be stacked: {error}. Expected tensors of one size; add "
                 "v2.ToImage() and v2.Resize or v2.RandomResizedCrop to the data set's transform, "
@@ -277,16 +280,12 @@ class SuperMixCollate(_BatchMixer):
         images, labels, extra = split_batch(batch, self.labels_getter)
         return MixBatch(
             images.detach(),  # what requires grad can not leave a worker
-            labels,
+            None if labels is None else labels.detach(),
             ids=identities(images, sample_keys(batch)),
-            extra=extra,
+            extra=tree_map_only(Tensor, Tensor.detach, extra),
             mixer=self if self._transform is not None else None,
             token=self._token,
         )
-
-    def _enlist(self) -> None:
-        self._token = uuid.uuid4().hex
-        register(self._token, self)
 
     def __getstate__(self) -> dict[str, Any]:
         # what a worker needs to stack; the teacher stays behind, and with it all that mixes
@@ -345,6 +344,7 @@ class MixLoader(_BatchMixer):
         given = getattr(mix, "teacher", None) if labeler is None else as_labeler(labeler)
         super().__init__(mix, given, after, output, target, unconverged, labels_getter, seed)
         self.loader = loader
+        self._enlist()
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
@@ -360,6 +360,7 @@ class MixLoader(_BatchMixer):
                 ids=identities(images, sample_keys(batch)),
                 extra=extra,
                 mixer=self,
+                token=self._token,
             )
             yield mix_batch.to(self.device or images.device)
 
@@ -384,6 +385,29 @@ def _seeded(draw: Draw, purpose: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         # torch.manual_seed would seed every device, also those that are not put back
         torch.default_generator.manual_seed(seed)
-        if devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif devices:
             torch.get_device_module(device).manual_seed(seed)
         yield
+
+
+def _same_kind(picture: Tensor, before: Tensor) -> Tensor:
+    if picture.shape != before.shape or picture.dtype != before.dtype:
+        raise ValueError(
+            f"after: expected a picture {tuple(before.shape)} {before.dtype} back, got "
+            f"{tuple(picture.shape)} {picture.dtype}. Dtype and size have to stay; change them in "
+            "the data set's transform."
+        )
+    return picture
+
+
+def _label_originals(
+    labeler: TeacherLabeler, images: Tensor, labels: Tensor | None
+) -> TeacherLabels:
+    """The teacher's labels of originals, in float32; the samples' own must fit its classes."""
+    teacher = labeler.label(labeler.examine(images)[0])
+    if labels is not None:
+        check_labels(labels, len(images), teacher.num_classes)
+    return teacher

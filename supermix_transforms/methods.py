@@ -90,6 +90,7 @@ class Method(NamedTuple):
     keep_best: bool  # what a row that never converges hands out: its best iterate, or its last
     wants_hint: bool  # starts from class maps or saliency
     near: float  # margin from which a row is expected to pass its next check, in logits
+    second_graph: bool  # ask failing rows again where that is cheaper than one backward for all
     start: Callable[[Tuples, Hint | None, Resolved], Tensor]  # -> mask logits z
     loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
     # z, momentum u, loss (B,), gradient -> next z and u
@@ -259,6 +260,24 @@ def _fast_update(
 
 
 METHODS = {
-    "fast": Method("softmax", True, True, NEAR, _fast_start, _fast_loss, _fast_update),
-    "paper": Method("sigmoid", False, False, float("inf"), _zero_start, _paper_loss, _paper_update),
+    "fast": Method(
+        normalisation="softmax",
+        keep_best=True,
+        wants_hint=True,
+        near=NEAR,
+        second_graph=True,
+        start=_fast_start,
+        loss=_fast_loss,
+        update=_fast_update,
+    ),
+    "paper": Method(
+        normalisation="sigmoid",
+        keep_best=False,
+        wants_hint=False,
+        near=float("inf"),
+        second_graph=False,
+        start=_zero_start,
+        loss=_paper_loss,
+        update=_paper_update,
+    ),
 }

@@ -6,6 +6,7 @@ ranks or batches before this one.
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.inputs import (
+    check_device,
     check_images,
 )
 from supermix_transforms.results import (
@@ -88,42 +90,44 @@ def draw_ring(draw: Draw, classes: Tensor | None, k: int) -> Tensor:
 
 def _separate(ring: list[int], classes: list[int], k: int) -> list[int]:
     """A ring in which classes within k places differ: by few swaps, else by dealing the classes."""
-    count, ring = len(ring), list(ring)
+    count = len(ring)
+    sizes = Counter(classes)
     reach = range(1, min(k, count))
 
-    def clashes(place: int) -> int:
+    def clashes(ring: list[int], place: int) -> int:
+        """How many neighbours within reach have the class of this place."""
         own = classes[ring[place]]
         return sum(
             (classes[ring[(place + d) % count]] == own) + (classes[ring[place - d]] == own)
             for d in reach
         )
 
-    for place in range(count):
-        if not clashes(place):
+    def total(ring: list[int]) -> int:
+        return sum(clashes(ring, place) for place in range(count))
+
+    swapped = list(ring)
+    curable = max(sizes.values()) * k <= count  # else each place tries all others in vain
+    for place in range(count) if curable else ():
+        if not clashes(swapped, place):
             continue
         for other in (o % count for o in range(place + 1, place + count)):
-            before = clashes(place) + clashes(other)
-            ring[place], ring[other] = ring[other], ring[place]
-            if clashes(place) + clashes(other) < before:
-                break
-            ring[place], ring[other] = ring[other], ring[place]
-        # a swap may help without curing; what is left is dealt with below
-    if not any(map(clashes, range(count))):
-        return ring
+            before = clashes(swapped, place) + clashes(swapped, other)
+            swapped[place], swapped[other] = swapped[other], swapped[place]
+            if clashes(swapped, place) + clashes(swapped, other) < before:
+                break  # it may help without curing; what is left is dealt with below
+            swapped[place], swapped[other] = swapped[other], swapped[place]
+
     # Deal the classes, most frequent first, to every k-th place: right whenever k divides the
     # count and no class has more than its k-th part.
-    sizes: dict[int, int] = {}
-    for row in ring:
-        sizes[classes[row]] = sizes.get(classes[row], 0) + 1
-    first = {label: place for place, label in reversed(list(enumerate(classes[r] for r in ring)))}
-    dealt = sorted(ring, key=lambda row: (-sizes[classes[row]], first[classes[row]]))
-    places = [place for start in range(k) for place in range(start, count, k)]
-    swapped, ring = ring, [0] * count
-    for place, row in zip(places, dealt, strict=True):
-        ring[place] = row
-    fewer = sum(map(clashes, range(count)))
-    dealt_ring, ring = ring, swapped
-    return dealt_ring if fewer < sum(map(clashes, range(count))) else swapped
+    first: dict[int, int] = {}
+    for place, row in enumerate(swapped):
+        first.setdefault(classes[row], place)
+    by_class = sorted(swapped, key=lambda row: (-sizes[classes[row]], first[classes[row]]))
+    dealt = [0] * count
+    places = (place for start in range(k) for place in range(start, count, k))
+    for place, row in zip(places, by_class, strict=True):
+        dealt[place] = row
+    return min((swapped, dealt), key=total)
 
 
 def draw_weights(draw: Draw, sources: Tensor, alpha: float) -> Tensor:
@@ -146,12 +150,21 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, *, cap: int = 2) ->
         maps: class maps of the B pictures.
         classes: the teacher's, (B,) int64.
         k: images a tuple, at most B.
-        cap: how often a picture may be a partner; more only where k is so near to B that others
-            are used up.
+        cap: how often a picture may be a partner in each of the k - 1 places, at least 1; more
+            only where k is so near to B that others are used up.
 
     Returns:
         Rows of the batch; row i starts with i.
+
+    Raises:
+        ValueError: for k larger than B, or cap less than 1.
     """
+    if k > len(classes):
+        raise ValueError(
+            f"k: expected at most {len(classes)}, a batch's pictures, got {k}. Pass a larger batch."
+        )
+    if cap < 1:
+        raise ValueError(f"cap: expected at least 1 use of each picture, got {cap}.")
     from scipy.optimize import linear_sum_assignment
 
     with torch.autocast(classes.device.type, enabled=False):
@@ -257,11 +270,7 @@ def supermix(
     """
     labeler = as_labeler(teacher)
     images = check_images(images)
-    if labeler.device is not None and images.device != labeler.device:
-        raise ValueError(
-            f"images: expected pictures on the teacher's device {labeler.device}, got "
-            f"{images.device}. Move them (images.to({str(labeler.device)!r})), or the teacher."
-        )
+    check_device(images, labeler.device)
     sources, weights = _check_tuples(sources, weights, len(images), images.device)
     with torch.inference_mode(False), labeler.ready():
         if originals is None:

@@ -110,7 +110,7 @@ class TeacherLabels:
     def __getitem__(self, rows: Tensor) -> "TeacherLabels":
         return self._each(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str) -> "TeacherLabels":
+    def to(self, device: torch.device | str | int) -> "TeacherLabels":
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TeacherLabels":
@@ -134,7 +134,7 @@ class Mixed:
     sources: Tensor  # (M, k) int64, rows of the pictures that were mixed
     weights: Tensor  # (M, k) float32, r of Eq. 2
     outcome: Tensor  # (M,) int64, values of Outcome
-    steps: Tensor  # (M,) int64, Newton steps taken
+    steps: Tensor  # (M,) int64, solver steps taken; 0 where the start was good enough
     sparsity: Tensor  # (M,) float32, L_s of Eq. 5 of the masks as they are
     forwards: Tensor  # (M,) float32, teacher forwards, its share of the originals' included
     backwards: Tensor  # (M,) float32
@@ -192,8 +192,14 @@ class Mixed:
         return replace(parts[0], **values)
 
     def __getitem__(self, rows: Tensor) -> "Mixed":
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str | int) -> "Mixed":
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Mixed":
         values: dict[str, Any] = {
-            name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **values)
 

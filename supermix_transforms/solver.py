@@ -8,6 +8,7 @@ step and gives the gradient of the next. Rows that are finished leave the batch 
 again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -38,6 +39,7 @@ Number = TypeVar("Number", int, float)
 
 ACTIVATIONS = 100  # bytes a teacher keeps for a backward, in float32 pictures; a ResNet-50's is 85
 DEFAULT_MEMORY = 4 << 30
+GROUP_VALUES = 8 * 3 * 224 * 224  # of pictures that share a graph on the CPU
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class SolverSettings:
     method: Literal["fast", "paper"] = "fast"
     mask_size: int | None = None  # w, cells a side; 8 up to 64 px, else 16
     sigma: float | None = None  # of the gradient's blur, in cells; fast 0.5, paper mask_size / 8
-    sparsity: float | None = None  # L_s projected to (fast); 0.07, 0.10, 0.12 for k 2, 3, >= 4
+    # L_s projected to (fast), below (k - 1) / k²; 0.07, 0.10, 0.12 for k of 2, 3, 4..6
+    sparsity: float | None = None
     margin: float | None = None  # in logits, of the k classes over all others; fast 0.25, paper 0
     max_steps: int | None = None  # fast 20, paper 50; reaching it is an outcome, no error
     polish: int = 0  # further steps once converged; the converged iterate of least KL is kept
@@ -76,7 +79,8 @@ class SolverSettings:
         """Every None filled in, for k images of (height, width) pixels.
 
         Raises:
-            ValueError: if the mask has more cells than the picture has pixels.
+            ValueError: if the mask has more cells than the picture has pixels, or for a sparsity
+                that masks of k images can not have.
         """
         fast, short = self.method == "fast", min(size)
         mask_size = self.mask_size or min(8 if short <= 64 else 16, short)
@@ -85,10 +89,16 @@ class SolverSettings:
                 f"mask_size: expected at most {short} cells for pictures of {size[0]} x {size[1]}, "
                 f"got {mask_size}. Pass a smaller mask_size, or None."
             )
+        most = (k - 1) / k**2  # L_s of masks that are 1 / k everywhere
+        if self.sparsity is not None and self.sparsity >= most:
+            raise ValueError(
+                f"sparsity: expected less than {most:.4f}, the most that masks of k={k} images "
+                f"have, got {self.sparsity}. Pass a smaller sparsity, or None."
+            )
         return Resolved(
             mask_size=mask_size,
             sigma=_default(self.sigma, 0.5 if fast else mask_size / 8),
-            sparsity=_default(self.sparsity, {2: 0.07, 3: 0.10}.get(k, 0.12)),
+            sparsity=_default(self.sparsity, {2: 0.07, 3: 0.10}.get(k, min(0.12, 0.9 * most))),
             margin=_default(self.margin, 0.25 if fast else 0.0),
             max_steps=_default(self.max_steps, 20 if fast else 50),
             polish=self.polish,
@@ -131,6 +141,9 @@ def solve(
 
     Returns:
         `Mixed` of M rows. Nothing in it is NaN or inf if the images are not.
+
+    Raises:
+        ValueError: for a mask size or sparsity that does not fit the pictures or k.
     """
     method = METHODS[settings.method]
     k = sources.shape[1]
@@ -150,8 +163,12 @@ def solve(
         torch.autocast(images.device.type, enabled=False),
     ):
         hint: Hint | None = maps
+        share = 0.0  # of the saliency, in calls for each mix
         if hint is None and method.wants_hint:
-            hint = saliency(images, teacher, classes, resolved.mask_size, chunk=chunk)
+            used = sources.unique()
+            cells = saliency(images[used], teacher, classes[used], resolved.mask_size, chunk=chunk)
+            hint = cells.new_ones(len(images), *cells.shape[1:]).index_copy(0, used, cells)
+            share = len(used) / len(sources)
         parts = []
         for rows in torch.arange(len(sources), device=images.device).split(chunk):
             part = problem.rows(rows)
@@ -159,10 +176,8 @@ def solve(
             z = torch.where(finite_rows(z)[:, None, None, None], z, 0.0)
             parts.append(_search(part, teacher, z, lost[rows], method, resolved))
         mixed = Mixed.concatenate(parts)
-    if isinstance(hint, Tensor):  # saliency costs each picture a forward and a backward
-        share = len(images) / len(sources)
-        mixed.forwards.add_(share)
-        mixed.backwards.add_(share)
+    mixed.forwards.add_(share)
+    mixed.backwards.add_(share)
     return mixed
 
 
@@ -197,15 +212,32 @@ class _Rows:
     def take(self, index: Tensor) -> "_Rows":
         return _Rows(*(value[index] for value in vars(self).values()))
 
+    @staticmethod
+    def join(parts: "list[_Rows]") -> "_Rows":
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return _Rows(*(torch.cat(column) for column in columns))
 
-class _Check(NamedTuple):
-    """What the teacher said of some rows."""
+    def groups(self, near: float, size: int) -> Iterator["_Rows"]:
+        """Rows that share a graph: alike in how near they are to passing, at most `size`.
+
+        Few of the rows that are near, for they pass or fail evenly.
+        """
+        order = self.margin.argsort(stable=True)
+        far = int((self.margin <= near).sum())
+        for part, most in ((order[:far], size), (order[far:], max(1, size // 3))):
+            for index in part.split(most):
+                if len(index) > 0:
+                    yield self.take(index)
+
+
+class _Asked(NamedTuple):
+    """What the teacher said of some rows, and the graph that leads there."""
 
     part: Tuples
     leaf: Tensor
     masks: Tensor
+    pictures: Tensor
     logits: Tensor
-    going: Tensor  # indices of the rows that are not finished
 
 
 def _search(
@@ -219,55 +251,72 @@ def _search(
     best = _Best(problem, z)
     now = _Rows.begin(z, lost, settings.polish)
     last = settings.max_steps + settings.polish
+    size = _group_size(problem.images)
 
-    def check(now: _Rows, step: int) -> _Check:
-        part = problem.rows(now.rows)
-        leaf = now.z.detach().requires_grad_()
+    def look(some: _Rows) -> _Asked:
+        part = problem.rows(some.rows)
+        leaf = some.z.detach().requires_grad_()
         masks = render(leaf, part.size, method.normalisation)
         pictures = blend(part.images[part.sources], masks)
-        logits = ask(teacher, pictures, part.images.dtype)
-        with torch.no_grad():
-            finite = finite_rows(logits) & ~now.broken
-            now.margin = margins(logits, part.members)
-            passed = finite & (now.margin > settings.margin)
-            # the less KL the better, once converged
-            fallback = now.margin if method.keep_best else torch.full_like(now.margin, step)
-            score = torch.where(passed, -kl_divergence(logits, part.targets), fallback)
-            best.offer(now.rows, finite, passed, score, leaf, pictures, logits)
-            now.found = now.found | passed
-            over = torch.where(now.found, now.polish <= 0, step >= settings.max_steps)
-            best.close(now.rows, now.found, finite, step)
-        return _Check(part, leaf, masks, logits, (finite & ~over).nonzero().flatten())
+        best.forwards[some.rows] += 1
+        return _Asked(part, leaf, masks, pictures, ask(teacher, pictures, part.images.dtype))
 
     for step in range(last + 1):
-        # A graph serves all of its rows or none: a row that passes pays for a backward in vain, one
-        # that fails without a graph for a second forward. So the fast method checks rows that
-        # nearly passed last time without.
-        near = (now.margin > method.near) & ~now.found & (step < settings.max_steps)
-        first = near.nonzero().flatten()
-        if len(first) > 0:
+        moved = []
+        for some in now.groups(method.near, size):
+            with torch.set_grad_enabled(step < last):
+                seen = look(some)
+            going = _judge(some, seen, best, method, settings, step)
+            if len(going) == 0:
+                continue
+            # A graph serves all of its rows or none. Rows that passed would pay for a backward in
+            # vain, rows that failed pay for a second forward in a graph of their own: the fewer.
+            if method.second_graph and 2 * len(going) < len(some.rows):
+                some = some.take(going)
+                seen, going = look(some), torch.arange(len(going), device=going.device)
+            best.backwards[some.rows] += 1
+            loss = method.loss(seen.logits, seen.masks, seen.part, settings)[going]
+            gradient = gradient_of(loss.sum(), seen.leaf)[going]
             with torch.no_grad():
-                failed = first[check(now.take(first), step).going]
-            now = now.take(torch.cat([(~near).nonzero().flatten(), failed]))
-            if len(now.rows) == 0:
-                break
-
-        with torch.set_grad_enabled(step < last):
-            seen = check(now, step)
-        if len(seen.going) == 0:
+                some.polish = some.polish - some.found.long()
+                some, part = some.take(going), seen.part.rows(going)
+                z, u = method.update(some.z, some.u, loss.detach(), gradient, part, settings)
+                some.broken = ~(finite_rows(z) & finite_rows(u))
+                stay = some.broken[:, None, None, None]
+                some.z, some.u = torch.where(stay, some.z, z), torch.where(stay, 0.0, u)
+            moved.append(some)
+        if not moved:
             break
-        loss = method.loss(seen.logits, seen.masks, seen.part, settings)
-        gradient = gradient_of(loss[seen.going].sum(), seen.leaf)[seen.going]
-        best.backwards[now.rows] += 1
-        with torch.no_grad():
-            now.polish = now.polish - now.found.long()
-            loss, part = loss.detach()[seen.going], seen.part.rows(seen.going)
-            now = now.take(seen.going)
-            z, u = method.update(now.z, now.u, loss, gradient, part, settings)
-            now.broken = ~(finite_rows(z) & finite_rows(u))
-            stay = now.broken[:, None, None, None]
-            now.z, now.u = torch.where(stay, now.z, z), torch.where(stay, 0.0, u)
+        now = _Rows.join(moved)
     return best.mixed(method.normalisation)
+
+
+@torch.no_grad()
+def _judge(
+    some: _Rows, seen: _Asked, best: "_Best", method: Method, settings: Resolved, step: int
+) -> Tensor:
+    """Note how far each row is; the indices of those that go on, (A,)."""
+    finite = finite_rows(seen.logits) & ~some.broken
+    some.margin = margins(seen.logits, seen.part.members)
+    passed = finite & (some.margin > settings.margin)
+    # the less KL the better, once converged
+    fallback = some.margin if method.keep_best else torch.full_like(some.margin, step)
+    divergence = kl_divergence(seen.logits, seen.part.targets)
+    score = torch.where(passed, -divergence, fallback)
+    best.offer(some.rows, finite, passed, score, seen)
+    some.found = some.found | passed
+    over = torch.where(some.found, some.polish <= 0, step >= settings.max_steps)
+    best.close(some.rows, some.found, finite, step)
+    return (finite & ~over).nonzero().flatten()
+
+
+def _group_size(images: Tensor) -> int:
+    """How many rows share a graph: on a GPU all, on the CPU a few large pictures or many small.
+
+    More than fit its caches cost a CPU more a picture: docs/results/groups.json has 37 ms a pair
+    for 8 pictures of 224 px, 84 for 64.
+    """
+    return max(1, GROUP_VALUES // images[0].numel()) if images.device.type == "cpu" else 1 << 30
 
 
 class _Best:
@@ -288,14 +337,7 @@ class _Best:
         self.backwards = z.new_zeros(count)
 
     def offer(
-        self,
-        rows: Tensor,
-        finite: Tensor,
-        passed: Tensor,
-        score: Tensor,
-        z: Tensor,
-        pictures: Tensor,
-        logits: Tensor,
+        self, rows: Tensor, finite: Tensor, passed: Tensor, score: Tensor, seen: _Asked
     ) -> None:
         """Take the iterate of each row where it is better; the first one whatever it is.
 
@@ -304,19 +346,17 @@ class _Best:
         before = self.passed[rows]
         better = (passed & ~before) | ((passed == before) & (score > self.score[rows]))
         better = (finite & better) | ~self.offered[rows]
-        if self.images.dtype == torch.uint8:
-            pictures = pictures.round()
+        exact = seen.pictures.round() if self.images.dtype == torch.uint8 else seen.pictures
         for kept, offered in (
-            (self.images, pictures.to(self.images.dtype)),
-            (self.z, z),
-            (self.logits, logits.nan_to_num()),
+            (self.images, exact.to(self.images.dtype)),
+            (self.z, seen.leaf),
+            (self.logits, seen.logits.nan_to_num()),
             (self.passed, passed),
             (self.score, torch.where(finite, score, -torch.inf)),
         ):
             choice = better.view(-1, *[1] * (kept.ndim - 1))
             kept[rows] = torch.where(choice, offered, kept[rows])
         self.offered[rows] = True
-        self.forwards[rows] += 1
 
     def close(self, rows: Tensor, found: Tensor, finite: Tensor, step: int) -> None:
         """The outcome of each row if this step was its last."""

@@ -7,12 +7,13 @@ map, the class maps from which the fast solver starts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from supermix_transforms.heads import Head, eager, find_head, watching
 from supermix_transforms.inputs import (
     check_images,
 )
@@ -29,8 +30,8 @@ class TeacherLabeler:
 
     Args:
         teacher: a module or callable, images (B, C, H, W) -> logits (B, N) or an object with
-            ``.logits``; or a list of them. Members of a list may be labelers with their own
-            normalisation.
+            ``.logits``; or a list of them. Members of a list may be labelers, each with its own
+            mean, std, size, dtype and device; there are none here then.
         mean: per channel, of pictures in 0..1; subtracted before the teacher.
         std: per channel; divides after the mean.
         size: side in pixels, or (height, width), that pictures are resized to for the teacher only.
@@ -44,7 +45,8 @@ class TeacherLabeler:
 
     Raises:
         TypeError: if a teacher is neither a module nor a callable.
-        ValueError: for settings out of range, and for weights made under inference mode.
+        ValueError: for settings out of range, for settings of a member beside a labeler, which has
+            its own, and for weights made under inference mode.
 
     Example:
         >>> labeler = TeacherLabeler(lambda images: images.mean(dim=(2, 3)))
@@ -74,6 +76,14 @@ class TeacherLabeler:
         teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
         if not teachers:
             raise ValueError("teacher: expected at least one, got an empty list.")
+        own = {"mean": mean, "std": std, "size": size, "dtype": dtype, "device": device}
+        given = [name for name, value in own.items() if value is not None]
+        if given and any(isinstance(each, TeacherLabeler) for each in teachers):
+            raise ValueError(
+                f"{given[0]}: expected None beside a labeler, which has its own, got "
+                f"{own[given[0]]}. Pass it where that labeler is made; give other members of a "
+                "list labelers of their own."
+            )
         members: list[_Member] = []
         for each in teachers:
             if isinstance(each, TeacherLabeler):
@@ -83,7 +93,13 @@ class TeacherLabeler:
         self._members: tuple[_Member, ...] | None = tuple(members)
 
     def __call__(self, images: Tensor) -> TeacherLabels:
-        """Labels of pictures (B, C, H, W), uint8 or floating, on the teacher's device."""
+        """Labels of pictures (B, C, H, W), uint8 or floating, on the teacher's device.
+
+        Raises:
+            ValueError: for what are no pictures, or not of the mean's channels; for a teacher that
+                answers with anything but logits (B, N), or several that differ in N.
+            RuntimeError: if the labeler was pickled.
+        """
         with torch.inference_mode(False), torch.no_grad():
             return self.label(self.logits(self.prepare(images)))
 
@@ -124,7 +140,12 @@ class TeacherLabeler:
         """Last feature maps and the classifier over their average, or None.
 
         Found by hooks and verified numerically on the first batch: None for lists, plain callables,
-        and modules whose logits are not linear in an averaged feature map.
+        and modules whose logits are not linear in an averaged feature map. Where the maps found do
+        not explain the logits of a later batch, None for that batch.
+
+        Raises:
+            ValueError: for pictures and answers, as when the labeler is called.
+            RuntimeError: if the labeler was pickled.
         """
         return self.examine(images)[1]
 
@@ -170,14 +191,6 @@ def as_labeler(teacher: Any) -> TeacherLabeler:
     return teacher if isinstance(teacher, TeacherLabeler) else TeacherLabeler(teacher)
 
 
-class _Head(NamedTuple):
-    """Where the averaged feature map passes, and the linear layer over its average."""
-
-    place: nn.Module
-    is_input: bool  # the map is what `place` is given, not what it returns
-    classifier: nn.Linear | nn.Conv2d | None  # None: the averaged map is the logits
-
-
 class _Member:
     """One teacher with its preprocessing."""
 
@@ -200,9 +213,11 @@ class _Member:
         self.size = (size, size) if isinstance(size, int) else size
         self.dtype = dtype
         self._mean, self._std = mean, std
-        self._device = None if device is None else torch.device(device)
+        # as tensors there have it: of index 0 where "cuda" has none
+        self._device = None if device is None else torch.empty(0, device=device).device
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._channels_last = True
-        self._head: _Head | None = None
+        self._head: Head | None = None
         self._searched = False
         tensors = [] if self.module is None else [*self.module.parameters(), *self.module.buffers()]
         if any(tensor.is_inference() for tensor in tensors):
@@ -234,17 +249,21 @@ class _Member:
         images = self._preprocess(images)
         with _evaluating([self.module]), _full_precision(images.device):
             if not self._searched and self.module is not None:
-                self._head = _find_head(self.module, self._run, images[:4])
-            if self._head is None:
+                with eager(self.module):
+                    self._head = find_head(self.module, self._run, images[:4])
+            if self.module is None or self._head is None:
                 logits = self._run(images).float()
                 # numbers that are not finite explain nothing: search again in the next batch
                 self._searched = self._searched or bool(logits[:4].isfinite().all())
                 return logits, None
             self._searched = True
             seen: list[Tensor] = []
-            with _watching(self._head.place, self._head.is_input, seen.append):
+            with (
+                eager(self.module),
+                watching(self._head.place, self._head.is_input, seen.append),
+            ):
                 logits = self._run(images).float()
-        return logits, _class_maps(self._head, seen[-1])
+            return logits, self._head.explain(seen[-1], logits) if seen else None
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -261,14 +280,22 @@ class _Member:
                     f"teacher: expected pictures of {len(self._mean)} channels, as its mean has, "
                     f"got {images.shape[1]}. Convert them (v2.RGB()), or pass another mean and std."
                 )
-            mean, std = (
-                torch.tensor(value, dtype=torch.float32, device=images.device)[:, None, None]
-                for value in (self._mean, self._std)
-            )
+            mean, std = self._mean_and_std(images.device)
             images = (images - mean) / std
         if self.size is not None and images.shape[-2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bilinear", antialias=True)
         return images
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two tensors (C, 1, 1), made once for each device."""
+        if device not in self._statistics:
+            with torch.inference_mode(False):  # they outlive the mode around this call
+                mean, std = (
+                    torch.tensor(value, dtype=torch.float32, device=device)[:, None, None]
+                    for value in (self._mean, self._std)
+                )
+            self._statistics[device] = mean, std
+        return self._statistics[device]
 
     def _run(self, images: Tensor) -> Tensor:
         """The teacher's answer as a tensor (B, N)."""
@@ -316,90 +343,3 @@ def _evaluating(modules: Sequence[nn.Module | None]) -> Iterator[None]:
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast, whatever the reader of a batch has switched on."""
     return torch.autocast(device.type, enabled=False)
-
-
-@contextmanager
-def _watching(module: nn.Module, is_input: bool, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand what passes through `module` to `see`; the hook is gone afterwards."""
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        value = inputs[0] if is_input and inputs else output
-        if isinstance(value, Tensor):
-            see(value)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _find_head(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> _Head | None:
-    """The last feature map whose spatial mean is what the classifier reads, if there is one.
-
-    Every tensor that enters or leaves a module is compared with the classifier's input, by value:
-    no architecture is looked up by name. The tensors are kept by reference until the forward is
-    over, so a map that an in-place activation changes afterwards is seen as the classifier saw it.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return None  # its forward takes no hooks
-    seen: list[tuple[nn.Module, bool, Tensor]] = []
-
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        for is_input, value in ((True, inputs[0] if inputs else None), (False, output)):
-            if isinstance(value, Tensor) and len(value) == len(images) and value.ndim in (2, 4):
-                seen.append((module, is_input, value))
-
-    handles = [module.register_forward_hook(record) for module in model.modules()]
-    try:
-        logits = run(images).float()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    heads: list[tuple[nn.Linear | nn.Conv2d | None, Tensor]] = []  # classifiers with their input
-    inputs = {module: value for module, is_input, value in seen if is_input}
-    for module, is_input, value in reversed(seen):
-        if is_input or not isinstance(module, (nn.Linear, nn.Conv2d)) or module not in inputs:
-            continue
-        one_by_one = not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1)
-        if one_by_one and _close(value.flatten(1), logits):
-            heads.append((module, inputs[module].flatten(1)))
-            break
-    heads.append((None, logits))  # a fully convolutional net averages its class maps themselves
-
-    for classifier, average in heads:
-        for place, is_input, value in reversed(seen):
-            if value.ndim == 4 and value.shape[2] * value.shape[3] > 1:
-                head = _Head(place, is_input, classifier)
-                if _close(value.float().mean(dim=(2, 3)), average) and _explains(
-                    _class_maps(head, value), logits
-                ):
-                    return head
-    return None
-
-
-def _class_maps(head: _Head, features: Tensor) -> ClassMaps:
-    features = features.float()
-    if head.classifier is None:
-        channels = features.shape[1]
-        eye = torch.eye(channels, device=features.device)
-        return ClassMaps(features, eye, eye.new_zeros(channels))
-    weight = head.classifier.weight.detach().float().flatten(1)
-    bias = head.classifier.bias
-    return ClassMaps(
-        features, weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
-    )
-
-
-def _explains(maps: ClassMaps, logits: Tensor) -> bool:
-    """Whether the maps' mean gives the logits."""
-    return _close(maps.features.mean(dim=(2, 3)) @ maps.weight.T + maps.bias, logits)
-
-
-def _close(values: Tensor, expected: Tensor) -> bool:
-    """Equal but for the rounding of a float32 (or lower) forward."""
-    if values.shape != expected.shape:
-        return False
-    scale = expected.abs().max().clamp(min=1e-6)
-    return bool(((values.float() - expected.float()).abs().max() / scale) < 1e-3)

@@ -22,7 +22,14 @@ from torchvision.transforms import v2
 from supermix_transforms.batch import (
     MixResult,
 )
-from supermix_transforms.dense import check_fits, is_box_targets, is_tv, mix_boxes, mix_masks
+from supermix_transforms.dense import (
+    check_fits,
+    is_box_targets,
+    is_tv,
+    mix_boxes,
+    mix_masks,
+    refuse_untyped,
+)
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_device,
@@ -108,6 +115,7 @@ class BatchMix(v2.Transform, ABC):
         found = find_images(batch, labels)
         images = check_images(found[0])
         check_device(images, None if self.teacher is None else self.teacher.device)
+        refuse_untyped([leaf for leaf in leaves if leaf is not labels], found)
         place = None
         if labels is not None:
             place = next((i for i, leaf in enumerate(leaves) if leaf is labels), None)
@@ -248,13 +256,13 @@ class SuperMix(BatchMix):
                     break
                 again = draw._replace(attempt=attempt)
                 second = self._supermix(images, logits, maps, again, rows)
-                mixed.forwards[rows] += second.forwards - len(images) / len(rows)
-                mixed.backwards[rows] += second.backwards
+                # every attempt's calls count, but the originals' forward only once
+                share = len(images) / len(rows)
+                forwards = mixed.forwards.index_add(0, rows, second.forwards - share)
+                backwards = mixed.backwards.index_add(0, rows, second.backwards)
                 better = second.converged.nonzero().flatten()
-                second = replace(
-                    second, forwards=mixed.forwards[rows], backwards=mixed.backwards[rows]
-                )
                 mixed = mixed.update(rows[better], second[better])
+                mixed = replace(mixed, forwards=forwards, backwards=backwards)
 
             assert mixed.logits is not None
             lost = mixed.outcome == Outcome.NOT_FINITE
@@ -417,5 +425,5 @@ class CutMix(_Blind):
                 y, x = random.integers(height), random.integers(width)
                 top, left = max(0, y - int(half * height)), max(0, x - int(half * width))
                 owner[row, top : y + int(half * height), left : x + int(half * width)] = i
-        one_hot = torch.nn.functional.one_hot(torch.from_numpy(owner), sources.shape[1])
-        return one_hot.permute(0, 3, 1, 2).float()
+        places = torch.arange(sources.shape[1])[:, None, None]
+        return (torch.from_numpy(owner)[:, None] == places).float()

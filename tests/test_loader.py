@@ -387,7 +387,7 @@ def test_a_batch_of_one_class_is_no_error(teacher, k, partners):
 def test_after_changes_the_picture_before_the_teacher_labels_it(teacher):
     samples = list(Pictures(4))
     plain = SuperMixCollate(teacher)(samples)
-    after = SuperMixCollate(teacher, after=v2.Compose([lambda x: x.flip(1), v2.Identity()]))
+    after = SuperMixCollate(teacher, after=v2.Compose([lambda x: x.flip(0), v2.Identity()]))
     batch = after(samples)  # red and blue change places
     assert torch.equal(batch.mixed, plain.mixed.flip(1))
     assert_close(batch.mixed_teacher.probs, teacher(batch.mixed).softmax(dim=1))
@@ -414,11 +414,42 @@ def test_a_random_after_depends_on_seed_and_epoch_alone(teacher):
     assert not torch.equal(mixed(0, epoch=1), first)
 
 
+def test_after_is_drawn_for_each_picture(teacher):
+    samples = list(Pictures(8))
+    plain = SuperMixCollate(teacher)(samples).mixed
+    flipped = SuperMixCollate(teacher, after=v2.RandomHorizontalFlip())(samples).mixed
+    rows = [torch.equal(one, other) for one, other in zip(plain, flipped, strict=True)]
+    assert {True, False} == set(rows)
+
+
 @pytest.mark.parametrize("after", [lambda x: x[..., 1:], lambda x: x.double(), lambda x: x[:2]])
 def test_after_must_keep_dtype_and_size(teacher, after):
     batch = SuperMixCollate(teacher, after=after)(list(Pictures(4)))
-    with pytest.raises(ValueError, match=r"after: expected pictures \(4, 3, 9, 7\) torch\.float32"):
+    with pytest.raises(ValueError, match=r"after: expected a picture \(3, 9, 7\) torch\.float32"):
         batch.mix()
+
+
+@pytest.mark.parametrize("mix", [SuperMix, MixUp, CutMix])
+def test_the_loaders_labeler_has_the_last_word(teacher, mix):
+    images, labels = default_collate(list(Pictures(4)))
+    labeler = TeacherLabeler(teacher, temperature=4.0)
+    (batch,) = MixLoader([(images, labels)], mix(teacher=teacher), labeler=labeler)
+    assert_close(batch.mixed_teacher.probs, labeler(batch.mixed).probs)
+    assert_close(batch.targets, labeler(batch.mixed).probs)
+    assert_close(batch.teacher.probs, labeler(images).probs)
+
+
+def test_a_mixed_batch_moves_as_a_whole(teacher):
+    batch = SuperMixCollate(teacher)(list(Pictures(4))).mix().to("meta")
+    assert batch.images.device.type == batch.labels.device.type == "meta"
+    assert batch.mixed.device.type == batch.targets.device.type == "meta"
+    assert batch.teacher.probs.device.type == batch.masks.device.type == "meta"
+
+
+def test_a_copied_batch_of_a_wrapper_keeps_its_mixer(teacher):
+    loader = MixLoader([default_collate(list(Pictures(4)))], SuperMix(teacher))
+    (batch,) = loader
+    assert_close(copy.deepcopy(batch).mixed, batch.mixed)
 
 
 # Mixes that do not converge

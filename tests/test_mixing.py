@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from supermix_transforms import mixing
 from supermix_transforms.mixing import (
     Draw,
     check_k,
@@ -167,6 +168,25 @@ def test_separating_helps_even_where_it_can_not_cure():
     assert clashes(draw_ring(draw, None, 2), classes) >= 4
 
 
+def test_a_large_batch_that_no_ring_can_separate_is_dealt_at_once():
+    compared = 0
+
+    class Label(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == int(other)
+
+        __hash__ = int.__hash__
+
+    count = 256
+    classes = [0] * 160 + list(range(1, 97))
+    ring = torch.tensor(mixing._separate(list(range(count)), list(map(Label, classes)), 2))
+    assert 0 < compared < 20 * count
+    pairs = torch.stack([ring, ring.roll(-1)], dim=1)
+    assert clashes(pairs, torch.tensor(classes)) == 64  # 160 and 96: the least there can be
+
+
 def test_one_class_is_no_error():
     sources = draw_ring(Draw(0, 0, identities(5)), torch.zeros(5, dtype=torch.int64), 3)
     assert all(len(set(row)) == 3 for row in sources.tolist())
@@ -275,6 +295,19 @@ def test_autocast_around_does_not_change_partners():
     expected = match_partners(maps, classes, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(match_partners(maps, classes, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("k", "cap", "message"),
+    [
+        (7, 2, r"k: expected at most 6, a batch's pictures, got 7. Pass a larger batch"),
+        (2, 0, r"cap: expected at least 1 use of each picture, got 0"),
+    ],
+)
+def test_tuples_that_can_not_be_matched_are_named(k, cap, message):
+    maps, classes = structured_maps(6, 6)
+    with pytest.raises(ValueError, match=message):
+        match_partners(maps, classes, k, cap=cap)
 
 
 # -- soft targets (Eq. 2) --------------------------------------------------------------------------

@@ -323,6 +323,31 @@ def test_saliency_is_the_size_of_the_gradient_on_the_grid():
     assert (even == 1).all()
 
 
+def test_saliency_is_asked_for_pictures_that_are_mixed_only():
+    teacher = Cells()
+    images = pictures(teacher)
+    asked = []
+
+    def counting(batch: Tensor) -> Tensor:
+        asked.append(len(batch))
+        return teacher(batch)
+
+    given = {
+        "sources": torch.tensor([[5, 2], [2, 7], [7, 5]]),
+        "weights": torch.full((3, 2), 0.5),
+        "originals": teacher(images).detach(),
+    }
+    mixed = run(images, counting, kind="saliency", max_steps=0, **given)
+    assert asked == [3, 3]  # the saliency of pictures 2, 5 and 7, and the check of the start
+    assert_close(mixed.forwards, torch.full((3,), 2.0))
+    assert_close(mixed.backwards, torch.ones(3))
+    # the same masks as where every picture is used
+    every = torch.cat([given["sources"], torch.arange(len(images))[:, None].repeat(1, 2)])
+    given |= {"sources": every, "weights": torch.full((len(every), 2), 0.5)}
+    expected = run(images, teacher, kind="saliency", max_steps=0, **given)
+    assert_close(mixed.mask_logits, expected.mask_logits[:3])
+
+
 def test_class_maps_start_the_search_where_the_classes_are():
     teacher = Cells()
     images = pictures(teacher)
@@ -478,15 +503,34 @@ def test_the_papers_method_asks_one_forward_and_one_backward_a_step(polish):
     assert_close(mixed.backwards[missed], mixed.steps[missed].float())
 
 
-def test_fast_asks_rows_that_nearly_passed_without_a_graph():
+def test_fast_gives_few_failing_rows_a_graph_of_their_own():
     teacher = Cells()
     spy = Spy(teacher)
     images, parts = Spy.name_rows(pictures(teacher), tuples(pictures(teacher), 2))
     originals = teacher(images[:, :-1]).detach()
     mixed = run(images, spy, method="fast", originals=originals, **parts)
-    assert not all(spy.graph)
+    again = [
+        set(second) < set(first)
+        for first, second in zip(spy.asked[1:-1], spy.asked[2:], strict=True)
+        if 2 * len(second) < len(first)
+    ]
+    assert any(again)
     assert sum(map(len, spy.asked[1:])) + len(images) == round(float(mixed.forwards.sum()))
     assert sum(spy.backwards) == round(float(mixed.backwards.sum()))
+    # no graph was followed back of which more than half had passed
+    assert mixed.backwards.sum() - len(images) <= 2 * mixed.steps.sum()
+
+
+def test_rows_share_a_graph_with_few_others_on_the_cpu_if_their_pictures_are_large():
+    teacher, sizes = Cells(), []
+
+    def watched(x):
+        sizes.append(len(x))
+        return teacher(x)
+
+    large = pictures(teacher).repeat_interleave(25, dim=2).repeat_interleave(32, dim=3)
+    run(large, watched, originals=teacher(large).detach(), method="paper", max_steps=1)
+    assert max(sizes) == 8 * 224 * 224 // (225 * 224) == 7 < len(large)
 
 
 def test_memory_is_a_bound_for_chunks_and_changes_nothing_else():
@@ -828,6 +872,20 @@ def test_none_is_the_methods_own_value():
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         SolverSettings(**settings)
+
+
+@pytest.mark.parametrize(("k", "most"), [(2, 0.25), (3, 2 / 9), (8, 7 / 64)])
+def test_a_sparsity_that_k_images_can_not_have_is_named(k, most):
+    message = rf"sparsity: expected less than {most:.4f}, the most that .*k={k} .*, got .*Pass"
+    for sparsity in (most, 0.9):
+        with pytest.raises(ValueError, match=message):
+            SolverSettings(sparsity=sparsity).resolve(k, (9, 9))
+    assert SolverSettings(sparsity=0.99 * most).resolve(k, (9, 9)).sparsity == 0.99 * most
+
+
+@pytest.mark.parametrize("k", range(2, 20))
+def test_the_default_sparsity_is_one_that_k_images_can_have(k):
+    assert 0 < SolverSettings().resolve(k, (9, 9)).sparsity < (k - 1) / k**2
 
 
 def test_a_mask_larger_than_the_picture_is_named():

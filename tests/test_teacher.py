@@ -65,6 +65,56 @@ class Normed(Functional):
         return self.head(self.norm(self.body(images).mean(dim=(2, 3))))
 
 
+class Shared(Functional):
+    """Calls one ReLU on the map and on its average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.act(self.body[0](images))
+        return self.head(self.act(features.mean(dim=(2, 3))))
+
+
+class Reused(Functional):
+    """Calls one module on its map and then on another, which the classifier does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.act(self.body[0](images))
+        logits = self.head(features.mean(dim=(2, 3)))
+        self.act(features + 1)
+        return logits
+
+
+class Turning(Functional):
+    """Has class maps for bright pictures only."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        average = self.body(images).mean(dim=(2, 3))
+        return self.head(average if images.mean() > 0 else average.square() + 1)
+
+
+class Scale(nn.Module):
+    """Returns a tensor of no dimension."""
+
+    def forward(self) -> Tensor:
+        return torch.tensor(2.0)
+
+
+class Scaled(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * self.scale())
+
+
 class Viewing(Functional):
     """Calls .view on a feature map, which a channels_last one does not allow."""
 
@@ -85,6 +135,8 @@ NETS = {
     "Sequential": (plain, 9),
     "functional mean": (Functional, 9),
     "view": (Viewing, 9),
+    "a module called twice": (Shared, 9),
+    "a number in between": (Scaled, 9),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), 64),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.25), 64),
     "densenet": (
@@ -155,6 +207,47 @@ def test_a_first_batch_that_is_not_finite_does_not_end_the_search():
     labeler = TeacherLabeler(plain())
     assert labeler.class_maps(torch.full((5, 3, 9, 7), torch.nan)) is None
     assert labeler.class_maps(noise()) is not None
+
+
+def test_maps_that_do_not_explain_a_batch_are_not_handed_out():
+    labeler = TeacherLabeler(Turning())
+    for sign in (1, -1, 1):
+        images = sign * noise()
+        logits, maps = labeler.examine(images)
+        assert logits.isfinite().all()
+        assert (maps is not None) == (sign == 1)
+    assert TeacherLabeler(Reused()).class_maps(noise()) is None  # its map is not the last one
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_their_maps():
+    labeler = TeacherLabeler(plain())
+    labeler.examine(noise())
+    images = noise()
+    images[2] = torch.nan
+    logits, maps = labeler.examine(images)
+    assert not logits[2].isfinite().any()
+    assert maps is not None
+    rows = torch.tensor([0, 1, 3, 4])
+    assert_close(maps.maps()[rows].mean(dim=(2, 3)) + maps.bias, logits[rows])
+
+
+@pytest.mark.parametrize("way", ["around", "in place", "inside"])
+def test_compiled_teachers_have_class_maps(way):
+    net, images = plain().eval(), noise(4)
+    expected = net(images)
+    if way == "in place":
+        net.compile(backend="eager")
+    else:
+        net = torch.compile(net, backend="eager")
+    teacher = nn.Sequential(nn.Identity(), net) if way == "inside" else net
+    labeler = TeacherLabeler(teacher)
+    labeler(images)  # compiled, without hooks, before it is searched
+    for _ in range(2):
+        logits, maps = labeler.examine(images)
+        assert_close(logits, expected)
+        assert maps is not None
+        assert_close(maps.maps().mean(dim=(2, 3)) + maps.bias, logits)
+    assert_close(labeler.logits(images), expected)
 
 
 # -- as found afterwards ---------------------------------------------------------------------------
@@ -358,6 +451,36 @@ def test_one_channel_meets_a_mean_of_three_and_others_are_named():
         labeler(torch.rand(5, 4, 9, 7))
 
 
+def test_mean_and_std_made_under_inference_mode_serve_gradients_later():
+    labeler = TeacherLabeler(plain(), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    with torch.inference_mode():
+        expected = labeler.logits(noise()[:0].new_full((5, 3, 9, 7), 0.3))
+    images = torch.full((5, 3, 9, 7), 0.3, requires_grad=True)
+    logits = labeler.logits(images)
+    assert_close(logits, expected.clone())
+    logits.sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_mean_and_std_are_made_once_a_device(monkeypatch):
+    labeler = TeacherLabeler(Seen(), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    labeler(noise())
+    monkeypatch.setattr(torch, "tensor", None)
+    labeler(noise())
+
+
+def test_the_device_is_named_as_tensors_name_it():
+    labeler = TeacherLabeler(lambda x: x.mean(dim=(2, 3)), device="cpu:0")
+    assert labeler.device == noise().device
+    supermix(
+        noise(),
+        labeler,
+        sources=torch.tensor([[0, 1]]),
+        weights=torch.tensor([[0.5, 0.5]]),
+        settings=SolverSettings(max_steps=1),
+    )
+
+
 # -- labels ----------------------------------------------------------------------------------------
 
 
@@ -455,14 +578,21 @@ def test_the_readers_autocast_and_inference_mode_do_not_leak_in():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_modules(dtype):
-    net = Functional().to(dtype)
+@pytest.mark.parametrize("name", ["functional mean", "Sequential", "resnet18"])
+def test_half_precision_modules_have_class_maps(name, dtype):
+    make, side = NETS[name]
+    net = make().to(dtype).eval()
     labeler = TeacherLabeler(net)
-    images = torch.randint(256, (5, 3, 9, 7), dtype=torch.uint8)
-    logits, maps = labeler.examine(images)
-    assert logits.dtype == torch.float32
-    assert_close(logits, net((images / 255).to(dtype)).float(), atol=2e-2, rtol=2e-2)
-    assert maps is None or maps.features.dtype == torch.float32
+    images = torch.randint(256, (5, 3, side, side), dtype=torch.uint8)
+    for _ in range(2):
+        logits, maps = labeler.examine(images)
+        assert logits.dtype == torch.float32
+        assert_close(logits, net((images / 255).to(dtype)).float(), atol=2e-2, rtol=2e-2)
+        assert maps is not None
+        assert maps.features.dtype == maps.weight.dtype == maps.bias.dtype == torch.float32
+        explained = maps.maps().mean(dim=(2, 3)) + maps.bias
+        scale = float(logits.abs().max())
+        assert_close(explained, logits, atol=torch.finfo(dtype).eps * scale, rtol=0)
     mixed = supermix(
         images,
         labeler,
@@ -471,6 +601,12 @@ def test_half_precision_modules(dtype):
         settings=SolverSettings(max_steps=3),
     )
     assert mixed.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [TwoLayers, Normed])
+def test_half_precision_does_not_make_maps_of_other_heads(make, dtype):
+    assert TeacherLabeler(make().to(dtype)).class_maps(noise()) is None
 
 
 def test_channels_last_maps_may_be_viewed():
@@ -532,6 +668,24 @@ def test_weights_that_are_inference_tensors_are_named():
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         TeacherLabeler(plain(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mean": [0.5] * 3, "std": [0.5] * 3},
+        {"size": 8},
+        {"dtype": torch.bfloat16},
+        {"device": "cpu"},
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_settings_beside_a_labeler_are_named(settings, several):
+    labeler = TeacherLabeler(plain())
+    message = rf"{next(iter(settings))}: expected None beside a labeler, .*, got .* Pass it where"
+    with pytest.raises(ValueError, match=message):
+        TeacherLabeler([plain(), labeler] if several else labeler, **settings)
+    assert TeacherLabeler(labeler, temperature=2.0, top=2).top == 2  # of the mean, not the member
 
 
 def test_what_is_no_teacher_is_named():

@@ -988,3 +988,12 @@ def test_what_can_not_be_mixed_is_refused(name, extra, message):
 def test_single_pictures_are_refused_with_the_cure(name):
     with pytest.raises(ValueError, match=r"expected a batch \(B, C, H, W\), got shape \(3, 9, 7\)"):
         any_mix(name)(torch.rand(3, 9, 7), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("mix", [MixUp(num_classes=4), CutMix(num_classes=4)])
+def test_a_dense_target_that_lost_its_type_is_an_error(mix):
+    images, labels = torch.rand(4, 3, 9, 7), torch.arange(4)
+    masks = torch.zeros(4, 9, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected dense targets as tv_tensors.Mask, got a plain"):
+        mix(images, labels, masks)
+    mix(images, labels, masks[:, :3])  # of another size: none of ours
