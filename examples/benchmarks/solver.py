@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/solver.json"))
     parser.add_argument("--tuning", action="store_true", help="ImageNet shards 0-1 instead of 2-3")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tuples", type=int, help="at most so many of each case")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -131,12 +132,19 @@ def main() -> None:
         "cifar10": (pictures(options.data, "cifar10", "test", False), cifar),
         "imagenet": (pictures(options.data, "imagenet-sample", "sample", options.tuning), imagenet),
     }
-    done = [[r["data"], r["k"], r["method"], r["partners"]] for r in report["results"]]
+    shards = "0-1" if options.tuning else "2-3"
+    keys = ("data", "k", "method", "partners")
+    done = [[result[key] for key in keys] for result in report["results"]]
+    if report.setdefault("shards", shards) != shards:
+        parser.error(
+            f"{options.out} holds figures of shards {report['shards']}. Name another --out."
+        )
     for name, k, method, partners in CASES:
         if [name, k, method, partners] in done:
             continue
         case = {"data": name, "k": k, "method": method, "partners": partners}
-        case |= run(*sets[name], k, method, partners)
+        images, teacher = sets[name]
+        case |= run(images[: options.tuples], teacher, k, method, partners)
         report["results"].append(case)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
