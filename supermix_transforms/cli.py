@@ -9,13 +9,7 @@ from dataclasses import asdict
 from typing import get_args, get_type_hints
 
 import supermix_transforms
-from supermix_transforms.demo import (
-    MixSummary,
-    demo,
-    mix_pictures,
-    named_labeler,
-    print_summary,
-)
+from supermix_transforms.demo import MixSummary, demo, mix_pictures, named_labeler, print_summary
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
 from supermix_transforms.solver import SolverSettings

@@ -10,9 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from supermix_transforms.masks import owners
-from supermix_transforms.results import (
-    Mixed,
-)
+from supermix_transforms.results import Mixed
 
 __all__ = ["check_fits", "is_box_targets", "is_tv", "mix_boxes", "mix_masks", "refuse_untyped"]
 

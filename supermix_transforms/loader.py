@@ -7,7 +7,6 @@ when a batch's mixes are first asked for.
 import copy
 import uuid
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from supermix_transforms.batch import (
     refuse_dispatch,
     register,
 )
+from supermix_transforms.batchmix import BatchMix
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_images,
@@ -32,15 +32,11 @@ from supermix_transforms.inputs import (
     sample_keys,
     split_batch,
 )
-from supermix_transforms.mixing import Draw
-from supermix_transforms.results import (
-    Mixed,
-    Outcome,
-    TeacherLabels,
-)
+from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
-from supermix_transforms.transforms import BatchMix, SuperMix
+from supermix_transforms.transforms import SuperMix
 
 __all__ = ["MixLoader", "SuperMixCollate"]
 
@@ -135,7 +131,7 @@ class _BatchMixer:
         self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
     ) -> MixResult:
         """Somebody else's transform: it draws from torch's global generator, put back after it."""
-        with _seeded(Draw(self.seed, self.epoch, ids), FOREIGN, images.device):
+        with seeded(Draw(self.seed, self.epoch, ids), FOREIGN, images.device):
             output = transform(images, labels) if labels is not None else transform(images)
         pictures, targets = output if labels is not None else (output, None)
         itself = torch.arange(len(pictures), device=images.device)[:, None]
@@ -155,7 +151,7 @@ class _BatchMixer:
         mixed, labeler = result.mixed, self._labeler
         assert mixed is not None
         if self._after is not None:
-            with _seeded(draw, AFTER, mixed.images.device):
+            with seeded(draw, AFTER, mixed.images.device):
                 # one at a time: a batch would be cropped or flipped as a whole
                 images = [_same_kind(self._after(image), image) for image in mixed.images]
             mixed = replace(mixed, images=torch.stack(images))
@@ -375,22 +371,6 @@ class MixLoader(_BatchMixer):
         inner = getattr(self.loader, "set_epoch", None)
         if callable(inner):
             inner(epoch)
-
-
-@contextmanager
-def _seeded(draw: Draw, purpose: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators depend on the draw inside, and are as they were afterwards."""
-    seed = draw.digest(purpose, *draw.ids.tolist()) & 0x7FFFFFFFFFFFFFFF
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        # torch.manual_seed would seed every device, also those that are not put back
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif devices:
-            torch.get_device_module(device).manual_seed(seed)
-        yield
 
 
 def _same_kind(picture: Tensor, before: Tensor) -> Tensor:

@@ -7,22 +7,16 @@ ranks or batches before this one.
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from supermix_transforms.inputs import (
-    check_device,
-    check_images,
-)
-from supermix_transforms.results import (
-    ClassMaps,
-    Mixed,
-    Outcome,
-)
+from supermix_transforms.inputs import check_device, check_images
+from supermix_transforms.results import ClassMaps, Mixed, Outcome
 from supermix_transforms.solver import SolverSettings, margins, solve
 from supermix_transforms.teacher import as_labeler
 
@@ -34,6 +28,7 @@ __all__ = [
     "generator",
     "match_partners",
     "or_labels",
+    "seeded",
     "soft_targets",
     "supermix",
     "unmixed",
@@ -63,6 +58,22 @@ class Draw(NamedTuple):
 def generator(draw: Draw, ids: Sequence[int], purpose: int) -> np.random.Generator:
     """A stream of random numbers of its own for the samples `ids` and one purpose."""
     return np.random.Generator(np.random.Philox(key=draw.digest(purpose, *ids)))
+
+
+@contextmanager
+def seeded(draw: Draw, purpose: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators depend on the draw inside, and are as they were afterwards."""
+    seed = draw.digest(purpose, *draw.ids.tolist()) & 0x7FFFFFFFFFFFFFFF
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        # torch.manual_seed would seed every device, also those that are not put back
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif devices:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def draw_ring(draw: Draw, classes: Tensor | None, k: int) -> Tensor:

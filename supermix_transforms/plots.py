@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from supermix_transforms.results import (
-    Mixed,
-    Outcome,
-    TeacherLabels,
-)
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,13 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supermix_transforms.heads import Head, eager, find_head, watching
-from supermix_transforms.inputs import (
-    check_images,
-)
-from supermix_transforms.results import (
-    ClassMaps,
-    TeacherLabels,
-)
+from supermix_transforms.inputs import check_images
+from supermix_transforms.results import ClassMaps, TeacherLabels
 
 __all__ = ["TeacherLabeler", "as_labeler"]
 

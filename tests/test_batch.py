@@ -18,11 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from supermix_transforms.batch import (
-    MixBatch,
-    MixResult,
-    register,
-)
+from supermix_transforms.batch import MixBatch, MixResult, register
 from supermix_transforms.inputs import (
     check_images,
     check_labels,
@@ -32,11 +28,7 @@ from supermix_transforms.inputs import (
     sample_keys,
     split_batch,
 )
-from supermix_transforms.results import (
-    Mixed,
-    Outcome,
-    TeacherLabels,
-)
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = torch.rand(5, 3, 9, 7)

@@ -443,7 +443,7 @@ def test_a_mixed_batch_moves_as_a_whole(teacher):
     batch = SuperMixCollate(teacher)(list(Pictures(4))).mix().to("meta")
     assert batch.images.device.type == batch.labels.device.type == "meta"
     assert batch.mixed.device.type == batch.targets.device.type == "meta"
-    assert batch.teacher.probs.device.type == batch.masks.device.type == "meta"
+    assert batch.teacher.probs.device.type == batch.mask_logits.device.type == "meta"
 
 
 def test_a_copied_batch_of_a_wrapper_keeps_its_mixer(teacher):

@@ -19,10 +19,7 @@ from supermix_transforms.mixing import (
     supermix,
     unmixed,
 )
-from supermix_transforms.results import (
-    ClassMaps,
-    Outcome,
-)
+from supermix_transforms.results import ClassMaps, Outcome
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 

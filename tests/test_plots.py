@@ -10,9 +10,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from supermix_transforms.plots import Panel, Seen, contact_sheet, make_panels, overview
-from supermix_transforms.results import (
-    Mixed,
-)
+from supermix_transforms.results import Mixed
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("cat", "moped", "espresso", "tripod", "missile", "cup")

@@ -11,11 +11,7 @@ from torch.testing import assert_close
 from supermix_transforms.losses import kl_divergence, mixing_objective
 from supermix_transforms.masks import blur, mix_images, render
 from supermix_transforms.mixing import supermix
-from supermix_transforms.results import (
-    ClassMaps,
-    Mixed,
-    Outcome,
-)
+from supermix_transforms.results import ClassMaps, Mixed, Outcome
 from supermix_transforms.solver import (
     METHODS,
     SolverSettings,

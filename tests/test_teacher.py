@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from supermix_transforms.mixing import supermix
-from supermix_transforms.results import (
-    TeacherLabels,
-)
+from supermix_transforms.results import TeacherLabels
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
 

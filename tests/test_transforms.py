@@ -31,16 +31,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from supermix_transforms import CutMix, MixUp, SuperMix, TeacherLabeler
-from supermix_transforms.inputs import (
-    identities,
-)
+from supermix_transforms.dense import mix_boxes, mix_masks
+from supermix_transforms.inputs import identities
 from supermix_transforms.masks import owners
 from supermix_transforms.mixing import Draw, generator
-from supermix_transforms.results import (
-    Mixed,
-    Outcome,
-)
-from supermix_transforms.transforms import mix_boxes, mix_masks
+from supermix_transforms.results import Mixed, Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, CLASSES = 5, 10  # one label for each picture, so a swapped axis shows

@@ -27,9 +27,7 @@ from cifar_resnet import MEAN, STD, cifar10_resnet56
 from torch import Tensor
 
 from supermix_transforms import SolverSettings, SuperMix, TeacherLabeler
-from supermix_transforms.inputs import (
-    identities,
-)
+from supermix_transforms.inputs import identities
 from supermix_transforms.mixing import Draw
 from supermix_transforms.models import load_teacher
 from supermix_transforms.solver import margins
