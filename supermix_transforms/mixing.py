@@ -37,6 +37,7 @@ __all__ = [
 
 
 INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PASSES = 5  # of swaps around the ring
 LARGE_MARGIN = 1e3  # bound of a pair's score in `match_partners`, in logits
 
 
@@ -118,14 +119,14 @@ def _separate(ring: list[int], classes: list[int], k: int) -> list[int]:
 
     swapped = list(ring)
     curable = max(sizes.values()) * k <= count  # else each place tries all others in vain
-    for place in range(count) if curable else ():
+    for place in list(range(count)) * PASSES if curable else ():
         if not clashes(swapped, place):
             continue
         for other in (o % count for o in range(place + 1, place + count)):
             before = clashes(swapped, place) + clashes(swapped, other)
             swapped[place], swapped[other] = swapped[other], swapped[place]
             if clashes(swapped, place) + clashes(swapped, other) < before:
-                break  # it may help without curing; what is left is dealt with below
+                break  # it may help without curing; the next pass goes on
             swapped[place], swapped[other] = swapped[other], swapped[place]
 
     # Deal the classes, most frequent first, to every k-th place: right whenever k divides the

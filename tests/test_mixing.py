@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -145,6 +145,7 @@ def test_classes_are_apart_wherever_the_batch_allows_it(case, seed):
     assert clashes(sources, classes) == 0
 
 
+@example(k=4, seed=0, count=33)  # one pass of swaps leaves a clash here
 @given(k=st.integers(2, 4), seed=st.integers(0, 50), count=st.integers(12, 40))
 def test_ordinary_batches_have_no_clash(k, seed, count):
     classes = torch.arange(count) % 10  # k may not divide the count
