@@ -9,7 +9,15 @@ from dataclasses import asdict
 from typing import get_args, get_type_hints
 
 import supermix_transforms
-from supermix_transforms.demo import MixSummary, demo, mix_pictures, named_labeler, print_summary
+from supermix_transforms.bench import METHODS, BenchReport, bench, print_report
+from supermix_transforms.demo import (
+    MixSummary,
+    demo,
+    demo_pictures,
+    mix_pictures,
+    named_labeler,
+    print_summary,
+)
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
 from supermix_transforms.solver import SolverSettings
@@ -21,6 +29,11 @@ example:
 
 The folder gets the mixed pictures (k2-00000.png, ...), labels.json and contact-sheet.png.
 A folder of pictures is read in a shuffled order, a tar in its own."""
+BENCH_EXAMPLE = """\
+example:
+  supermix bench --images photos/ --teacher timm/resnet50.a1_in1k --methods fast paper --count 100
+
+Without --images and --teacher it takes the demo's. --out gets bench.json and bench.png."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What a teacher's own code prints must not get into the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            summary: MixSummary = arguments.run(arguments)
+            result: MixSummary | BenchReport = arguments.run(arguments)
         if arguments.json:
-            print(json.dumps(asdict(summary)))
+            print(json.dumps(asdict(result)))
+        elif isinstance(result, BenchReport):
+            print_report(result)
         else:
-            print_summary(summary)
+            print_summary(result)
     except (ValueError, ImportError, OSError) as error:
         print(f"supermix: error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +87,31 @@ def _mix(arguments: argparse.Namespace) -> MixSummary:
     )
 
 
+def _bench(arguments: argparse.Namespace) -> BenchReport:
+    teacher = load_teacher(arguments.teacher, weights=arguments.weights)
+    size = arguments.size or teacher.size or 224
+    if arguments.images is None:
+        pictures = iter(demo_pictures(size))
+    else:
+        pictures = iter(
+            PictureFiles(arguments.images, size=size, seed=arguments.seed, skip=arguments.out)
+        )
+    return bench(
+        pictures,
+        named_labeler(teacher, mean=arguments.mean, std=arguments.std, device=arguments.device),
+        out=arguments.out,
+        k=arguments.k,
+        alpha=arguments.alpha,
+        methods=arguments.methods,
+        count=arguments.count,
+        slow_count=arguments.slow_count,
+        batch_size=arguments.batch_size,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        name=arguments.teacher,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="supermix", description="Mix images under a teacher's supervision (SuperMix)."
@@ -91,18 +131,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "mix", "mix your own pictures with your own teacher", MIX_EXAMPLE)
     command.set_defaults(run=_mix)
+    _teacher_options(command, required=True)
     add = command.add_argument
-    add("--images", required=True, metavar="DIR|TAR", help="folder of pictures, or WebDataset tar")
-    add(
-        "--teacher",
-        required=True,
-        metavar="NAME",
-        help="timm/NAME, torchvision/NAME, pytorchcv/NAME, efficientnet-lite0, or FILE.py:FUNCTION "
-        "(a function without arguments; that file is run)",
-    )
-    add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
     add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
-    add("--alpha", type=float, default=3.0, help="of the weights' Dirichlet distribution")
     methods = get_args(get_type_hints(SolverSettings)["method"])
     add("--method", choices=methods, default="fast", help="how masks are searched for")
     add(
@@ -113,12 +144,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--mask-size", type=int, metavar="CELLS", help="a side; 8 up to 64 px, else 16")
     add("--count", type=int, help="mixes for each k; one for each picture, if left out")
-    add("--size", type=int, metavar="PIXELS", help="side of the mixes; the teacher's own, or 224")
     add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
-    add("--mean", type=float, nargs="+", help="of each channel in 0..1, instead of the teacher's")
-    add("--std", type=float, nargs="+", help="with --mean")
-    add("--device", help="cpu, cuda, ...; a GPU, if there is one")
     _output_options(command, out=None)
+
+    command = _command(
+        commands,
+        "bench",
+        "compare methods of mixing: how many mixes converge, and what one costs",
+        BENCH_EXAMPLE,
+    )
+    command.set_defaults(run=_bench)
+    _teacher_options(command, required=False)
+    add = command.add_argument
+    add("--k", type=int, default=2, help="pictures a mix")
+    add("--methods", nargs="+", default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    add("--count", type=int, default=30, help="tuples, made up to whole batches")
+    add("--slow-count", type=int, default=10, help="the same for methods that search long")
+    add("--batch-size", type=int, default=10, help="tuples at most that are mixed at a time")
+    add("--repeats", type=int, default=3, help="how often each method is timed")
+    _output_options(command, out="supermix-bench")
     return parser
 
 
@@ -135,6 +179,30 @@ def _command(
         epilog=example,
         formatter_class=_Formatter,
     )
+
+
+def _teacher_options(command: argparse.ArgumentParser, required: bool) -> None:
+    add = command.add_argument
+    add(
+        "--images",
+        required=required,
+        metavar="DIR|TAR",
+        help="folder of pictures, or WebDataset tar",
+    )
+    add(
+        "--teacher",
+        required=required,
+        default=None if required else "efficientnet-lite0",
+        metavar="NAME",
+        help="timm/NAME, torchvision/NAME, pytorchcv/NAME, efficientnet-lite0, or FILE.py:FUNCTION "
+        "(a function without arguments; that file is run)",
+    )
+    add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
+    add("--alpha", type=float, default=3.0, help="of the weights' Dirichlet distribution")
+    add("--size", type=int, metavar="PIXELS", help="side of the mixes; the teacher's own, or 224")
+    add("--mean", type=float, nargs="+", help="of each channel in 0..1, instead of the teacher's")
+    add("--std", type=float, nargs="+", help="with --mean")
+    add("--device", help="cpu, cuda, ...; a GPU, if there is one")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -27,7 +27,7 @@ from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import SuperMix
 
-__all__ = ["MixSummary", "SummaryRow", "demo", "demo_pictures", "mix_pictures"]
+__all__ = ["MixSummary", "SummaryRow", "demo", "demo_pictures", "mix_pictures", "stack_pictures"]
 
 # Of the pictures inside scikit-image, those in which the packaged teacher recognises something.
 DEMO_FILES = ("chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "camera.png")
@@ -289,19 +289,19 @@ def _batches(
             total += 1
             pending.append(picture)
             if len(pending) == size + k:  # so at least k are left for the last batch
-                yield epoch, *_stack(pending[:size])
+                yield epoch, *stack_pictures(pending[:size])
                 del pending[:size]
         if total < k:
             raise ValueError(
                 f"images: expected at least k = {k} pictures, got {total}. "
                 "Pass more pictures, or a smaller k."
             )
-        yield epoch, *_stack(pending)
+        yield epoch, *stack_pictures(pending)
         if not endless:
             return
 
 
-def _stack(pictures: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
+def stack_pictures(pictures: Sequence[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
     names, images = zip(*pictures, strict=True)
     kinds = {f"{image.dtype} {tuple(image.shape)}" for image in images}
     if len(kinds) > 1 or images[0].dtype != torch.uint8:

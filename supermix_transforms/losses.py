@@ -1,6 +1,6 @@
 """Losses of the mixing problem and of the student that learns from its mixes.
 
-Source: SuperMix (Dabouei et al., CVPR 2021), sections 3.1 and 3.2. Everything is computed in
+Source: SuperMix (Dabouei et al., CVPR 2021), sections 3.1, 3.2 and 4.4. Everything is computed in
 float32 at least, so bf16 and fp16 logits are safe.
 """
 
@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["kd_loss", "kl_divergence", "mixing_objective", "sparsity", "supermix_loss", "widen"]
+__all__ = [
+    "kd_loss",
+    "kl_divergence",
+    "mixing_objective",
+    "roughness",
+    "sparsity",
+    "supermix_loss",
+    "widen",
+]
 
 
 def widen(values: Tensor) -> Tensor:
@@ -24,6 +32,26 @@ def sparsity(masks: Tensor) -> Tensor:
     return (masks * (1 - masks)).mean(dim=(1, 2, 3))
 
 
+def roughness(masks: Tensor) -> Tensor:
+    """Total variation of masks (B, k, H, W), ``1 / kWH * sum_i sum_u ||grad m_i(u)||_3^3``, (B,).
+
+    Section 4.4, as printed (it calls the term L_s, and its weight lambda_s, where Eq. 3 has L_sigma
+    and lambda_sigma): the mean over images and *pixels* of the masks that mix, with the exponent 3
+    of the work it names (Fong and Vedaldi, ICCV 2017). The gradient is that of forward differences,
+    0 beyond the last row and column; the paper does not say.
+
+    A border that is a ramp of n pixels costs ``1 / n**2`` of a sharp one, so masks of few cells
+    are smooth already: the weight 250 counts at 32 px, hardly at 224.
+
+    Example:
+        >>> half = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 1, 4, 4)  # one step in each row
+        >>> roughness(torch.cat([half, 1 - half], dim=1))
+        tensor([0.2500])
+    """
+    steps = (masks.diff(dim=axis).abs().pow(3).sum(dim=(1, 2, 3)) for axis in (2, 3))
+    return sum(steps, masks.new_zeros(len(masks))) / masks.shape[1:].numel()
+
+
 def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     """``sum_c targets_c * log(targets_c / softmax(logits)_c)`` of each row, (B, N), (B, N) -> (B,).
 
@@ -34,18 +62,22 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     return F.kl_div(log_probs, targets.to(log_probs), reduction="none").sum(dim=1)
 
 
-def mixing_objective(logits: Tensor, targets: Tensor, masks: Tensor, *, lambda_s: float) -> Tensor:
-    """Eq. 3 without its roughness term, ``KL + lambda_s * L_s`` of each row, (B,).
+def mixing_objective(
+    logits: Tensor, targets: Tensor, masks: Tensor, *, lambda_s: float, lambda_tv: float = 0.0
+) -> Tensor:
+    """Eq. 3, ``KL + lambda_tv * L_sigma + lambda_s * L_s`` of each row, (B,).
 
-    The smooth projection (Eq. 7) takes the place of the roughness term (section 3.1).
+    The smooth projection (Eq. 7) takes the place of the roughness term L_sigma (section 3.1).
 
     Args:
         logits: the teacher's for the mixed images, (B, N).
         targets: Eq. 2, probabilities (B, N).
         masks: (B, k, H, W), in [0, 1].
         lambda_s: weight of the sparsity term; the paper uses 25.
+        lambda_tv: weight of the roughness term; the paper's baselines use 250 (section 4.4).
     """
-    return kl_divergence(logits, targets) + lambda_s * sparsity(masks)
+    loss = kl_divergence(logits, targets) + lambda_s * sparsity(masks)
+    return loss + lambda_tv * roughness(masks) if lambda_tv else loss
 
 
 def supermix_loss(

@@ -1,9 +1,10 @@
 """What tells one solver from another: where it starts, its loss, and its step.
 
 Source: SuperMix (Dabouei et al., CVPR 2021), section 3.1: the paper's method and the Newton step;
-docs/solver.md for the fast one.
+section 4.4: its two baselines; docs/solver.md for the fast one.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -14,50 +15,41 @@ from torch import Tensor
 from supermix_transforms.losses import kl_divergence, mixing_objective, sparsity
 from supermix_transforms.masks import Normalisation, average, blur, project, render
 from supermix_transforms.results import ClassMaps
+from supermix_transforms.settings import MethodName, Resolved
 
 __all__ = [
     "METHODS",
     "Hint",
     "Logits",
     "Method",
-    "Resolved",
+    "Surrogate",
     "Tuples",
     "ask",
     "finite_rows",
     "gradient_of",
     "margins",
     "newton_step",
+    "quality",
     "saliency",
 ]
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
-Hint: TypeAlias = ClassMaps | Tensor  # of each picture: its class maps, or its saliency (P, w, w)
 
 # The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
 TAU = 0.5  # temperature of the smooth maximum over the other classes
 DELTA = 0.5  # margin that the loss asks for, beyond the one that is checked
-MOMENTUM = 0.7
+MOMENTUM = 0.5
 NEAR = -0.7  # margin from which a row is expected to pass its next check, in logits
 STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
 START_STEPS, START_RATE, START_MARGIN = 60, 0.3, 2.0
+START_SIGMA = 3 / 16  # of the surrogate's masks, in mask sizes
 START_SPARSITY, START_KL = 20.0, 0.1  # weights of the surrogate's terms
+# The second start: how much of the surrogate's error is believed in, and the weight of staying near
+REVISION_STEPS, REVISION_TRUST, REVISION_STAY = 20, 0.85, 4.0
 
 SALIENCY_BLUR, SALIENCY_GAIN, SALIENCY_FLOOR = 1.0, 6.0, 1e-3
 
 LENGTH_LIMITS = (1e-4, 2000.0)  # of the paper's step; the bounds are the authors' code's
-
-
-class Resolved(NamedTuple):
-    """`SolverSettings` for one k and one picture size, nothing left open."""
-
-    mask_size: int
-    sigma: float
-    sparsity: float
-    margin: float
-    max_steps: int
-    polish: int
-    lambda_s: float
-    memory: int
 
 
 class Tuples(NamedTuple):
@@ -83,6 +75,39 @@ class Tuples(NamedTuple):
         return (height // 4, width // 4) if min(height, width) >= 128 else (height, width)
 
 
+class Surrogate(NamedTuple):
+    """A teacher that is linear in what the masks let through: class maps, ready for `solve`.
+
+    The logits of a mix are `bias` and the sum over images and cells of mask times `shares`.
+    """
+
+    shares: Tensor  # (P, N, h, w) of each picture's cells in its logits
+    bias: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, maps: ClassMaps, used: Tensor) -> "Surrogate":
+        """Of the pictures `used` (U,); 0 for all others."""
+        shares = ClassMaps(maps.features[used], maps.weight, maps.bias).maps()
+        shares = shares / (shares.shape[-2] * shares.shape[-1])
+        empty = shares.new_zeros(len(maps.features), *shares.shape[1:])
+        return cls(empty.index_copy(0, used, shares), maps.bias)
+
+    def of_tuples(self, sources: Tensor) -> Callable[[Tensor], Tensor]:
+        """Masks (B, k, H, W) of the tuples `sources` (B, k) to logits (B, N)."""
+        cells = (self.shares.shape[-2], self.shares.shape[-1])
+        # laid out for one matrix product a tuple: any other order is copied at every step
+        shares = self.shares[sources].flatten(3).transpose(1, 2).flatten(2)  # (B, N, k * h * w)
+
+        def logits(masks: Tensor) -> Tensor:
+            weights = average(masks, cells).flatten(1)  # (B, k * h * w)
+            return self.bias + (shares @ weights[:, :, None])[:, :, 0]
+
+        return logits
+
+
+Hint: TypeAlias = Surrogate | Tensor  # of the pictures; a tensor is their saliency (P, w, w)
+
+
 class Method(NamedTuple):
     """What tells one solver from another."""
 
@@ -95,6 +120,8 @@ class Method(NamedTuple):
     loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
     # z, momentum u, loss (B,), gradient -> next z and u
     update: Callable[[Tensor, Tensor, Tensor, Tensor, Tuples, Resolved], tuple[Tensor, Tensor]]
+    # surrogate, z, the teacher's logits for it -> a better start, without a backward
+    revise: Callable[[Surrogate, Tensor, Tensor, Tuples, Resolved], Tensor] | None = None
 
 
 def newton_step(
@@ -126,6 +153,27 @@ def margins(logits: Tensor, members: Tensor) -> Tensor:
     """By how much the tuple's classes beat all others: (B, N) and (B, N) bool -> (B,)."""
     lowest = logits.masked_fill(~members, torch.inf).amin(dim=1)
     return lowest - logits.masked_fill(members, -torch.inf).amax(dim=1)
+
+
+def quality(logits: Tensor, divergence: Tensor, members: Tensor, settings: Resolved) -> Tensor:
+    """What each row has to spare of ``min_share`` and ``max_kl``, in logits and nats, (B,).
+
+    Args:
+        logits: (B, N).
+        divergence: KL(r || f), (B,).
+        members: (B, N) bool, the classes whose share of the probability counts.
+        settings: ``min_share``, ``max_kl``.
+
+    Returns:
+        The lesser of the share's log odds above those of ``min_share`` and the KL below ``max_kl``;
+        negative where one of them is missed, inf where neither is asked for.
+    """
+    inside, outside = (
+        logits.masked_fill(out, -torch.inf).logsumexp(dim=1) for out in (~members, members)
+    )
+    share = settings.min_share
+    odds = math.log(share / (1 - share)) if share > 0 else -math.inf
+    return torch.minimum(inside - outside - odds, settings.max_kl - divergence)
 
 
 def saliency(
@@ -173,7 +221,7 @@ def finite_rows(values: Tensor) -> Tensor:
     return values.flatten(1).isfinite().all(dim=1)
 
 
-# -- the paper's method ----------------------------------------------------------------------------
+# -- the paper's method and its baselines (section 4.4) --------------------------------------------
 
 
 def _zero_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
@@ -190,8 +238,21 @@ def _paper_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolv
 def _paper_update(
     z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1, lines 10 and 11."""
+    """Algorithm 1, lines 10 and 11; without a blur, Eq. 6."""
     return z + newton_step(loss, gradient, settings.sigma, LENGTH_LIMITS), u
+
+
+def _baseline_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
+    """All of Eq. 3: where nothing smooths the step, the loss asks for smooth masks."""
+    weights = {"lambda_s": settings.lambda_s, "lambda_tv": settings.lambda_tv}
+    return mixing_objective(logits, problem.targets, masks, **weights)
+
+
+def _descent(
+    z: Tensor, u: Tensor, loss: Tensor, gradient: Tensor, problem: Tuples, settings: Resolved
+) -> tuple[Tensor, Tensor]:
+    """Plain gradient descent on each row's own loss."""
+    return z - settings.lr * blur(gradient, settings.sigma), u
 
 
 # -- the fast method -------------------------------------------------------------------------------
@@ -199,42 +260,60 @@ def _paper_update(
 
 def _fast_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
     """Masks that a surrogate of the teacher, or its saliency, finds good: no teacher call."""
-    if isinstance(hint, Tensor):
-        z = SALIENCY_GAIN * hint.clamp(min=SALIENCY_FLOOR).log()[problem.sources]
+    if isinstance(hint, Surrogate):
+        z = _zero_start(problem, None, settings)
+        z = _optimise_surrogate(problem, hint, settings, z, steps=START_STEPS)
     else:
         assert hint is not None
-        z = _optimise_surrogate(problem, hint, settings)
+        z = SALIENCY_GAIN * hint.clamp(min=SALIENCY_FLOOR).log()[problem.sources]
     return project(z, settings.sparsity, problem.coarse)
 
 
-def _optimise_surrogate(problem: Tuples, maps: ClassMaps, settings: Resolved) -> Tensor:
-    """Adam on "logits = mean over cells of the masked class maps", (B, k, w, w).
+def _fast_revise(
+    surrogate: Surrogate, z: Tensor, logits: Tensor, problem: Tuples, settings: Resolved
+) -> Tensor:
+    """The start again, near z, for a surrogate that is moved to what the teacher said of z."""
+    told = surrogate.of_tuples(problem.sources)(render(z, problem.coarse))
+    shift = REVISION_TRUST * (logits - told)
+    z = _optimise_surrogate(
+        problem, surrogate, settings, z, steps=REVISION_STEPS, shift=shift, stay=REVISION_STAY
+    )
+    return project(z, settings.sparsity, problem.coarse)
+
+
+def _optimise_surrogate(
+    problem: Tuples,
+    surrogate: Surrogate,
+    settings: Resolved,
+    z: Tensor,
+    *,
+    steps: int,
+    shift: Tensor | float = 0.0,
+    stay: float = 0.0,
+) -> Tensor:
+    """Adam from z (B, k, w, w) on the surrogate's logits, moved by `shift` (B, N).
 
     Each row's problem is its own, and Adam works element by element: a row's result does not depend
     on the others.
     """
-    sources = problem.sources
-    cells = maps.features.shape[-2:]
-    used = sources.unique()
-    place = torch.searchsorted(used, sources)
-    shares = ClassMaps(maps.features[used], maps.weight, maps.bias).maps().flatten(2)
-    shares = shares[place] / shares.shape[-1]  # (B, k, N, hw)
-    sigma = settings.mask_size * 3 / 16
-    v = _zero_start(problem, maps, settings).requires_grad_()
+    predict = surrogate.of_tuples(problem.sources)
+    sigma = settings.mask_size * START_SIGMA
+    v = torch.zeros_like(z).requires_grad_()
     optimiser = torch.optim.Adam([v], lr=START_RATE)
-    for _ in range(START_STEPS):
-        masks = render(blur(v, sigma), problem.coarse)
-        weights = average(masks, (cells[0], cells[1])).flatten(2)  # (B, k, hw)
-        logits = maps.bias + torch.einsum("bku,bknu->bn", weights, shares)
-        short = (START_MARGIN - _leads(logits, problem.members)).relu().square()
-        loss = (
-            torch.where(problem.members, short, 0.0).sum(dim=1)
-            + START_SPARSITY * sparsity(masks)
-            + START_KL * kl_divergence(logits, problem.targets)
-        )
-        v.grad = gradient_of(loss.sum(), v)
+    for _ in range(steps):
+        with torch.enable_grad():
+            masks = render(z + blur(v, sigma), problem.coarse)
+            logits = predict(masks) + shift
+            short = (START_MARGIN - _leads(logits, problem.members)).relu().square()
+            loss = (
+                torch.where(problem.members, short, 0.0).sum(dim=1)
+                + START_SPARSITY * sparsity(masks)
+                + START_KL * kl_divergence(logits, problem.targets)
+                + stay * v.square().mean(dim=(1, 2, 3))
+            )
+            v.grad = gradient_of(loss.sum(), v)
         optimiser.step()
-    return blur(v.detach(), sigma)
+    return z + blur(v.detach(), sigma)
 
 
 def _leads(logits: Tensor, members: Tensor) -> Tensor:
@@ -259,7 +338,18 @@ def _fast_update(
     return project(z + u, settings.sparsity, problem.coarse), u
 
 
-METHODS = {
+PAPER = Method(
+    normalisation="sigmoid",
+    keep_best=False,
+    wants_hint=False,
+    near=math.inf,
+    second_graph=False,
+    start=_zero_start,
+    loss=_paper_loss,
+    update=_paper_update,
+)
+
+METHODS: dict[MethodName, Method] = {
     "fast": Method(
         normalisation="softmax",
         keep_best=True,
@@ -269,15 +359,9 @@ METHODS = {
         start=_fast_start,
         loss=_fast_loss,
         update=_fast_update,
+        revise=_fast_revise,
     ),
-    "paper": Method(
-        normalisation="sigmoid",
-        keep_best=False,
-        wants_hint=False,
-        near=float("inf"),
-        second_graph=False,
-        start=_zero_start,
-        loss=_paper_loss,
-        update=_paper_update,
-    ),
+    "paper": PAPER,
+    "newton-tv": PAPER._replace(loss=_baseline_loss),
+    "sgd": PAPER._replace(loss=_baseline_loss, update=_descent),
 }

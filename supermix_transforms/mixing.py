@@ -17,7 +17,7 @@ from torch import Tensor
 
 from supermix_transforms.inputs import check_device, check_images
 from supermix_transforms.results import ClassMaps, Mixed, Outcome
-from supermix_transforms.solver import SolverSettings, margins, solve
+from supermix_transforms.solver import SolverSettings, solve
 from supermix_transforms.teacher import as_labeler
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "draw_ring",
     "draw_weights",
     "generator",
-    "match_partners",
     "or_labels",
     "seeded",
     "soft_targets",
@@ -38,7 +37,6 @@ __all__ = [
 
 INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PASSES = 5  # of swaps around the ring
-LARGE_MARGIN = 1e3  # bound of a pair's score in `match_partners`, in logits
 
 
 class Draw(NamedTuple):
@@ -150,74 +148,6 @@ def draw_weights(draw: Draw, sources: Tensor, alpha: float) -> Tensor:
     return torch.from_numpy(np.asarray(rows, dtype=np.float32).reshape(-1, k))
 
 
-def match_partners(maps: ClassMaps, classes: Tensor, k: int, *, cap: int = 2) -> Tensor:
-    """Tuples that are easy to mix, read from the class maps without a teacher call, (B, k) int64.
-
-    For each pair, every cell is given to the picture that says more for the pair's two classes;
-    the margin of the two classes in that surrogate mix is the pair's score. An assignment then
-    gives each picture a partner (for k > 2 one after the other, by the sum of its scores), none
-    more than `cap` times in each of the k - 1 places.
-
-    Args:
-        maps: class maps of the B pictures.
-        classes: the teacher's, (B,) int64.
-        k: images a tuple, at most B.
-        cap: how often a picture may be a partner in each of the k - 1 places, at least 1; more
-            only where k is so near to B that others are used up.
-
-    Returns:
-        Rows of the batch; row i starts with i.
-
-    Raises:
-        ValueError: for k larger than B, or cap less than 1.
-    """
-    if k > len(classes):
-        raise ValueError(
-            f"k: expected at most {len(classes)}, a batch's pictures, got {k}. Pass a larger batch."
-        )
-    if cap < 1:
-        raise ValueError(f"cap: expected at least 1 use of each picture, got {cap}.")
-    from scipy.optimize import linear_sum_assignment
-
-    with torch.autocast(classes.device.type, enabled=False):
-        scores = _pair_margins(maps, classes).double().cpu()
-    # infinite where a pair holds all classes there are, NaN where the teacher's answer is
-    scores = scores.nan_to_num(nan=-LARGE_MARGIN).clamp(-LARGE_MARGIN, LARGE_MARGIN)
-    same = (classes[:, None] == classes[None, :]).cpu()
-    barred = torch.eye(len(classes), dtype=torch.bool)
-    sources = torch.arange(len(classes))[:, None]
-    for _ in range(1, k):
-        total = scores[sources].sum(dim=1)  # (B, B): candidate j for the tuple of i
-        # a class twice in a tuple is a last resort, the same picture twice is none
-        total = total - 1e6 * same[sources].any(dim=1) - 1e12 * barred
-        for copies in range(cap, cap + len(classes)):
-            _, columns = linear_sum_assignment(total.repeat(1, copies).numpy(), maximize=True)
-            partner = torch.from_numpy(columns) % len(classes)
-            if not barred.gather(1, partner[:, None]).any():
-                break
-        sources = torch.cat([sources, partner[:, None]], dim=1)
-        barred = barred.scatter(1, partner[:, None], True)
-    return sources.to(classes.device)
-
-
-def _pair_margins(maps: ClassMaps, classes: Tensor) -> Tensor:
-    """Margin of each pair's two classes in the better hard partition of its cells, (B, B)."""
-    shares = maps.maps().flatten(2)  # (B, N, hw)
-    count, num_classes, cells = shares.shape
-    own = shares.transpose(1, 2)[:, :, classes].permute(0, 2, 1)  # (i, j, hw): A_i[y_j]
-    says = own.diagonal(dim1=0, dim2=1).T[:, None] + own  # A_i[y_i] + A_i[y_j]
-    mine = (says >= says.transpose(0, 1)).float()  # (i, j, hw): the cell goes to i
-    rows = []
-    for i in range(count):
-        from_i = mine[i] @ shares[i].T  # (j, N)
-        from_j = torch.bmm(shares, (1 - mine[i])[:, :, None])[:, :, 0]
-        logits = (from_i + from_j) / cells + maps.bias
-        members = torch.zeros(count, num_classes, dtype=torch.bool, device=logits.device)
-        members[:, classes[i]] = True
-        rows.append(margins(logits, members.scatter(1, classes[:, None], True)))
-    return torch.stack(rows)
-
-
 def soft_targets(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Eq. 2: the sources' labels, weighted.
 
@@ -302,6 +232,7 @@ def supermix(
             originals=originals,
             settings=settings,
             maps=maps,
+            half=labeler.half,
         )
     mixed.forwards.add_(len(images) / max(1, len(mixed)))  # the originals' own forward
     return mixed

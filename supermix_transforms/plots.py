@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "Seen", "class_name", "contact_sheet", "make_panels", "overview"]
+__all__ = [
+    "Bar",
+    "Panel",
+    "Seen",
+    "class_name",
+    "contact_sheet",
+    "cost_bars",
+    "make_panels",
+    "overview",
+]
 
 TOP = 5  # classes whose probability is shown
 CELL, GAP, EDGE = 1.3, 0.08, 0.15  # inches: a picture's side, between two, around all
@@ -36,6 +45,14 @@ class Seen(NamedTuple):
     label: int
     name: str
     probability: float
+
+
+class Bar(NamedTuple):
+    """A method in a bar chart."""
+
+    name: str
+    value: float | None  # None: no bar, only the text
+    text: str  # beside the bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +162,47 @@ def overview(panels: Sequence[Panel]) -> "Figure":
             below = TITLE + MIX + (line + 0.5) * LINE
             canvas.text(right - MIX / 2, below, f"{name} {share:.0%}", width=MIX)
     return canvas.figure
+
+
+def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "Figure":
+    """What each method costs, on a logarithmic axis, as in the paper's Fig. 7c.
+
+    Bars whose name starts with "fast" are green.
+
+    Raises:
+        ValueError: if there is no bar.
+        ImportError: if matplotlib is not installed.
+    """
+    if not bars:
+        raise ValueError("bars: expected at least one method to draw, got none.")
+    figure = require_matplotlib()(figsize=(8, 1 + 0.36 * len(bars)), dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    values = [bar.value for bar in bars if bar.value is not None] or [1.0]
+    least = 10 ** math.floor(math.log10(min(values)) - 0.3)  # every bar is seen
+    axes.set_xscale("log")
+    axes.set_xlim(least, 1.1 * max(values))  # the layout makes room for the texts
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=FONT)
+    for place, (name, value, text) in enumerate(bars):
+        color = ASKED if name.startswith("fast") else OTHER
+        if value is not None:
+            axes.barh(place, value - least, left=least, height=0.72, color=color)
+        # a few points to the right of the bar's end
+        axes.annotate(
+            text,
+            (least if value is None else value, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=FONT,
+            parse_math=False,
+        )
+    axes.set_xlabel(f"{unit}, logarithmic", fontsize=FONT)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def require_matplotlib() -> "type[Figure]":

@@ -17,7 +17,8 @@ __all__ = ["ClassMaps", "Mixed", "Outcome", "TeacherLabels"]
 class Outcome(IntEnum):
     """How the search for a tuple's masks ended."""
 
-    CONVERGED = 0  # the teacher's top k classes of the mix are those of its sources
+    # the teacher's top k classes of the mix are those of its sources, as clearly as was asked for
+    CONVERGED = 0
     MAX_STEPS = 1  # the steps were used up before that; the mix is the best one found
     NOT_FINITE = 2  # the teacher answered NaN or inf; the label is Eq. 2's
     UNMIXED = 3  # fewer than k pictures were there: the picture is the original

@@ -9,8 +9,9 @@ again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,97 +23,23 @@ from supermix_transforms.methods import (
     Hint,
     Logits,
     Method,
-    Resolved,
+    Surrogate,
     Tuples,
     ask,
     finite_rows,
     gradient_of,
     margins,
     newton_step,
+    quality,
     saliency,
 )
 from supermix_transforms.results import ClassMaps, Mixed, Outcome
+from supermix_transforms.settings import Resolved, SolverSettings
 
 __all__ = ["SolverSettings", "margins", "newton_step", "saliency", "solve"]
 
-Number = TypeVar("Number", int, float)
-
 ACTIVATIONS = 100  # bytes a teacher keeps for a backward, in float32 pictures; a ResNet-50's is 85
-DEFAULT_MEMORY = 4 << 30
 GROUP_VALUES = 8 * 3 * 224 * 224  # of pictures that share a graph on the CPU
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """How masks are searched for. None is the method's own value.
-
-    Raises:
-        ValueError: for values out of range.
-    """
-
-    method: Literal["fast", "paper"] = "fast"
-    mask_size: int | None = None  # w, cells a side; 8 up to 64 px, else 16
-    sigma: float | None = None  # of the gradient's blur, in cells; fast 0.5, paper mask_size / 8
-    # L_s projected to (fast), below (k - 1) / k²; 0.07, 0.10, 0.12 for k of 2, 3, 4..6
-    sparsity: float | None = None
-    margin: float | None = None  # in logits, of the k classes over all others; fast 0.25, paper 0
-    max_steps: int | None = None  # fast 20, paper 50; reaching it is an outcome, no error
-    polish: int = 0  # further steps once converged; the converged iterate of least KL is kept
-    lambda_s: float = 25.0  # weight of L_s (paper)
-    memory: int | None = None  # bytes; tuples are solved in chunks that stay below it
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {list(METHODS)}, got {self.method!r}.")
-        for name, least in (("mask_size", 1), ("max_steps", 0), ("polish", 0), ("memory", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}.")
-        for name in ("sigma", "margin", "lambda_s"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < float("inf")):
-                raise ValueError(f"{name}: expected a number of at least 0, got {value!r}.")
-        if self.sparsity is not None and not (_is_number(self.sparsity) and 0 < self.sparsity < 1):
-            raise ValueError(f"sparsity: expected a number in (0, 1), got {self.sparsity!r}.")
-
-    def resolve(self, k: int, size: tuple[int, int]) -> "Resolved":
-        """Every None filled in, for k images of (height, width) pixels.
-
-        Raises:
-            ValueError: if the mask has more cells than the picture has pixels, or for a sparsity
-                that masks of k images can not have.
-        """
-        fast, short = self.method == "fast", min(size)
-        mask_size = self.mask_size or min(8 if short <= 64 else 16, short)
-        if mask_size > short:
-            raise ValueError(
-                f"mask_size: expected at most {short} cells for pictures of {size[0]} x {size[1]}, "
-                f"got {mask_size}. Pass a smaller mask_size, or None."
-            )
-        most = (k - 1) / k**2  # L_s of masks that are 1 / k everywhere
-        if self.sparsity is not None and self.sparsity >= most:
-            raise ValueError(
-                f"sparsity: expected less than {most:.4f}, the most that masks of k={k} images "
-                f"have, got {self.sparsity}. Pass a smaller sparsity, or None."
-            )
-        return Resolved(
-            mask_size=mask_size,
-            sigma=_default(self.sigma, 0.5 if fast else mask_size / 8),
-            sparsity=_default(self.sparsity, {2: 0.07, 3: 0.10}.get(k, min(0.12, 0.9 * most))),
-            margin=_default(self.margin, 0.25 if fast else 0.0),
-            max_steps=_default(self.max_steps, 20 if fast else 50),
-            polish=self.polish,
-            lambda_s=self.lambda_s,
-            memory=_default(self.memory, DEFAULT_MEMORY),
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _default(value: Number | None, default: Number) -> Number:
-    return default if value is None else value
 
 
 def solve(
@@ -124,9 +51,11 @@ def solve(
     originals: Tensor,
     settings: SolverSettings,
     maps: ClassMaps | None = None,
+    half: bool = False,
 ) -> Mixed:
     """Algorithm 1: masks for which the teacher's top k classes are those of the k images.
 
+    With ``min_share`` and ``max_kl`` a mix must meet these too, of the same answer of the teacher.
     Where images of a tuple share a class, the criterion is for the set of classes, and the weights
     of equal ones are added.
 
@@ -138,6 +67,7 @@ def solve(
         originals: the teacher's logits of the images, (P, N).
         settings: the method and its values.
         maps: class maps of the images; the fast method starts from saliency where there are none.
+        half: the teacher answers in half precision, which asks for a larger margin.
 
     Returns:
         `Mixed` of M rows. Nothing in it is NaN or inf if the images are not.
@@ -147,7 +77,7 @@ def solve(
     """
     method = METHODS[settings.method]
     k = sources.shape[1]
-    resolved = settings.resolve(k, (images.shape[-2], images.shape[-1]))
+    resolved = settings.resolve(k, (images.shape[-2], images.shape[-1]), half=half)
     lost = ~finite_rows(originals)[sources].all(dim=1)
     classes = originals.nan_to_num(nan=-torch.inf).argmax(dim=1)
     wanted = classes[sources]  # (M, k)
@@ -162,10 +92,12 @@ def solve(
         torch.enable_grad(),
         torch.autocast(images.device.type, enabled=False),
     ):
-        hint: Hint | None = maps
+        hint: Hint | None = None
         share = 0.0  # of the saliency, in calls for each mix
-        if hint is None and method.wants_hint:
-            used = sources.unique()
+        used = sources.unique()
+        if method.wants_hint and maps is not None:
+            hint = Surrogate.of(maps, used)
+        elif method.wants_hint:
             cells = saliency(images[used], teacher, classes[used], resolved.mask_size, chunk=chunk)
             hint = cells.new_ones(len(images), *cells.shape[1:]).index_copy(0, used, cells)
             share = len(used) / len(sources)
@@ -174,7 +106,7 @@ def solve(
             part = problem.rows(rows)
             z = method.start(part, hint, resolved)
             z = torch.where(finite_rows(z)[:, None, None, None], z, 0.0)
-            parts.append(_search(part, teacher, z, lost[rows], method, resolved))
+            parts.append(_search(part, teacher, z, lost[rows], hint, method, resolved))
         mixed = Mixed.concatenate(parts)
     mixed.forwards.add_(share)
     mixed.backwards.add_(share)
@@ -191,7 +123,7 @@ class _Rows:
     rows: Tensor  # their places in the problem
     z: Tensor  # (A, k, w, w) mask logits to be checked next
     u: Tensor  # (A, k, w, w) momentum
-    margin: Tensor  # (A,) of the last check, in logits
+    lead: Tensor  # (A,) of the last check: the margin, or less where `quality` falls short
     found: Tensor  # (A,) bool, has converged before
     polish: Tensor  # (A,) int64, further steps that remain once it has
     broken: Tensor  # (A,) bool, its last update was not finite
@@ -203,7 +135,7 @@ class _Rows:
             rows=torch.arange(count, device=device),
             z=z,
             u=torch.zeros_like(z),
-            margin=z.new_full((count,), -torch.inf),
+            lead=z.new_full((count,), -torch.inf),
             found=torch.zeros_like(lost),
             polish=torch.full((count,), polish, device=device),
             broken=lost,
@@ -212,18 +144,29 @@ class _Rows:
     def take(self, index: Tensor) -> "_Rows":
         return _Rows(*(value[index] for value in vars(self).values()))
 
+    def moved(self, z: Tensor, u: Tensor) -> "_Rows":
+        """The rows with new mask logits and momentum; those that are not finite stay, broken."""
+        broken = ~(finite_rows(z) & finite_rows(u))
+        stay = broken[:, None, None, None]
+        z, u = torch.where(stay, self.z, z), torch.where(stay, 0.0, u)
+        return replace(self, z=z, u=u, broken=broken)
+
     @staticmethod
     def join(parts: "list[_Rows]") -> "_Rows":
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return _Rows(*(torch.cat(column) for column in columns))
 
-    def groups(self, near: float, size: int) -> Iterator["_Rows"]:
+    def groups(self, near: float, size: int | None) -> Iterator["_Rows"]:
         """Rows that share a graph: alike in how near they are to passing, at most `size`.
 
-        Few of the rows that are near, for they pass or fail evenly.
+        Few of the rows that are near, for they pass or fail evenly. Without a size all of them:
+        nothing is counted then, for which a GPU would have to be waited for.
         """
-        order = self.margin.argsort(stable=True)
-        far = int((self.margin <= near).sum())
+        if size is None:
+            yield self
+            return
+        order = self.lead.argsort(stable=True)
+        far = int((self.lead <= near).sum())
         for part, most in ((order[:far], size), (order[far:], max(1, size // 3))):
             for index in part.split(most):
                 if len(index) > 0:
@@ -241,7 +184,13 @@ class _Asked(NamedTuple):
 
 
 def _search(
-    problem: Tuples, teacher: Logits, z: Tensor, lost: Tensor, method: Method, settings: Resolved
+    problem: Tuples,
+    teacher: Logits,
+    z: Tensor,
+    lost: Tensor,
+    hint: Hint | None,
+    method: Method,
+    settings: Resolved,
 ) -> Mixed:
     """Iterate from mask logits z (B, k, w, w) until each row has its outcome.
 
@@ -250,7 +199,10 @@ def _search(
     """
     best = _Best(problem, z)
     now = _Rows.begin(z, lost, settings.polish)
-    last = settings.max_steps + settings.polish
+    revise = None  # of z and the teacher's first answer, which then needs no backward
+    if method.revise is not None and isinstance(hint, Surrogate):
+        revise = partial(method.revise, hint)
+    last = settings.max_steps + settings.polish + (revise is not None)
     size = _group_size(problem.images)
 
     def look(some: _Rows) -> _Asked:
@@ -264,10 +216,16 @@ def _search(
     for step in range(last + 1):
         moved = []
         for some in now.groups(method.near, size):
-            with torch.set_grad_enabled(step < last):
+            with torch.set_grad_enabled(step < last and (step > 0 or revise is None)):
                 seen = look(some)
             going = _judge(some, seen, best, method, settings, step)
             if len(going) == 0:
+                continue
+            if step == 0 and revise is not None:
+                some, part = some.take(going), seen.part.rows(going)
+                z = revise(some.z, seen.logits[going], part, settings)
+                z = torch.where(some.found[:, None, None, None], some.z, z)  # these are polished
+                moved.append(some.moved(z, some.u))
                 continue
             # A graph serves all of its rows or none. Rows that passed would pay for a backward in
             # vain, rows that failed pay for a second forward in a graph of their own: the fewer.
@@ -277,14 +235,11 @@ def _search(
             best.backwards[some.rows] += 1
             loss = method.loss(seen.logits, seen.masks, seen.part, settings)[going]
             gradient = gradient_of(loss.sum(), seen.leaf)[going]
+            some, part = some.take(going), seen.part.rows(going)
             with torch.no_grad():
-                some.polish = some.polish - some.found.long()
-                some, part = some.take(going), seen.part.rows(going)
                 z, u = method.update(some.z, some.u, loss.detach(), gradient, part, settings)
-                some.broken = ~(finite_rows(z) & finite_rows(u))
-                stay = some.broken[:, None, None, None]
-                some.z, some.u = torch.where(stay, some.z, z), torch.where(stay, 0.0, u)
-            moved.append(some)
+                some.polish = some.polish - some.found.long()
+                moved.append(some.moved(z, u))
         if not moved:
             break
         now = _Rows.join(moved)
@@ -297,11 +252,13 @@ def _judge(
 ) -> Tensor:
     """Note how far each row is; the indices of those that go on, (A,)."""
     finite = finite_rows(seen.logits) & ~some.broken
-    some.margin = margins(seen.logits, seen.part.members)
-    passed = finite & (some.margin > settings.margin)
-    # the less KL the better, once converged
-    fallback = some.margin if method.keep_best else torch.full_like(some.margin, step)
+    margin = margins(seen.logits, seen.part.members)
     divergence = kl_divergence(seen.logits, seen.part.targets)
+    spare = quality(seen.logits, divergence, seen.part.members, settings)
+    passed = finite & (margin > settings.margin) & (spare >= 0)
+    some.lead = torch.minimum(margin, settings.margin + spare)
+    # the less KL the better, once converged
+    fallback = some.lead if method.keep_best else torch.full_like(some.lead, step)
     score = torch.where(passed, -divergence, fallback)
     best.offer(some.rows, finite, passed, score, seen)
     some.found = some.found | passed
@@ -310,13 +267,13 @@ def _judge(
     return (finite & ~over).nonzero().flatten()
 
 
-def _group_size(images: Tensor) -> int:
+def _group_size(images: Tensor) -> int | None:
     """How many rows share a graph: on a GPU all, on the CPU a few large pictures or many small.
 
     More than fit its caches cost a CPU more a picture: docs/results/groups.json has 37 ms a pair
     for 8 pictures of 224 px, 84 for 64.
     """
-    return max(1, GROUP_VALUES // images[0].numel()) if images.device.type == "cpu" else 1 << 30
+    return max(1, GROUP_VALUES // images[0].numel()) if images.device.type == "cpu" else None
 
 
 class _Best:

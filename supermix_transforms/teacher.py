@@ -102,12 +102,17 @@ class TeacherLabeler:
         """Labels of logits (B, N), at this labeler's temperature and top."""
         return TeacherLabels.from_logits(logits, temperature=self.temperature, top=self.top)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor, *, precise: bool = False) -> Tensor:
         """Logits (B, N) float32, differentiable in the pictures; what the solver calls.
 
-        Several teachers give the logarithm of their mean probability.
+        Several teachers give the logarithm of their mean probability. `precise`: without autocast.
         """
-        return self._mean([member(images) for member in self._alive()])
+        return self._mean([member(images, precise=precise) for member in self._alive()])
+
+    @property
+    def half(self) -> bool:
+        """Whether `logits` are computed in half precision, and so known to about 0.1 only."""
+        return any(member.dtype in (torch.bfloat16, torch.float16) for member in self._alive())
 
     @staticmethod
     def _mean(answers: list[Tensor]) -> Tensor:
@@ -129,7 +134,7 @@ class TeacherLabeler:
             images = self.prepare(images)
             if len(members) == 1:
                 return members[0].examine(images)
-            return self._mean([member(images, precise=True) for member in members]), None
+            return self.logits(images, precise=True), None
 
     def class_maps(self, images: Tensor) -> ClassMaps | None:
         """Last feature maps and the classifier over their average, or None.
@@ -206,7 +211,7 @@ class _Member:
         self.teacher: Callable[[Tensor], Any] = teacher
         self.module = teacher if isinstance(teacher, nn.Module) else None
         self.size = (size, size) if isinstance(size, int) else size
-        self.dtype = dtype
+        self._dtype = dtype
         self._mean, self._std = mean, std
         # as tensors there have it: of index 0 where "cuda" has none
         self._device = None if device is None else torch.empty(0, device=device).device
@@ -230,6 +235,14 @@ class _Member:
         if self._device is not None or self.module is None:
             return self._device
         return next((tensor.device for tensor in self.module.parameters()), None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it answers: of autocast, or of its weights if that is off."""
+        on_cuda = self.device is not None and self.device.type == "cuda"
+        dtype = self._dtype or (torch.bfloat16 if on_cuda else torch.float32)
+        weights = None if self.module is None else next(self.module.parameters(), None)
+        return dtype if weights is None or dtype != torch.float32 else weights.dtype
 
     def __call__(self, images: Tensor, *, precise: bool = False) -> Tensor:
         """Logits (B, N) float32 of pictures (B, C, H, W); `precise`: without autocast."""
@@ -261,7 +274,7 @@ class _Member:
             return logits, self._head.explain(seen[-1], logits) if seen else None
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = self._dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype == torch.float32:
             return _full_precision(device)
         return torch.autocast(device.type, dtype=dtype)

@@ -23,12 +23,12 @@ from supermix_transforms.mixing import (
     draw_ring,
     draw_weights,
     generator,
-    match_partners,
     or_labels,
     supermix,
     unmixed,
     weighted_labels,
 )
+from supermix_transforms.partners import match_partners
 from supermix_transforms.results import Mixed, Outcome
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -48,8 +48,9 @@ class SuperMix(BatchMix):
             knows mean and std). It is held unregistered: no submodule, not in ``state_dict``.
         k: images a mix.
         alpha: concentration of the Dirichlet weights.
-        partners: ``"random"``, the paper's, or ``"matched"``: from class maps, those that mix well.
-        partner_cap: how often a picture may be a partner (matched).
+        partners: ``"random"``, the paper's, or ``"matched"``: from class maps, those that mix well
+            (see `match_partners`).
+        partner_cap: how often a picture may be a partner in each place of a tuple (matched).
         settings: the solver's.
         labels_getter: as in torchvision's MixUp; None where the batch has no labels.
         box_threshold: share of its area that a box must own in the mix to be kept.
@@ -144,7 +145,7 @@ class SuperMix(BatchMix):
                     "feature map, got one without class maps (a list, a plain callable, or another "
                     'head). Use partners="random".'
                 )
-            sources = match_partners(maps, classes, self.k, cap=self.partner_cap).cpu()
+            sources = match_partners(maps, classes, self.k, draw, cap=self.partner_cap).cpu()
         else:
             sources = draw_ring(draw, classes, self.k)
         sources = sources if rows is None else sources[rows.cpu()]

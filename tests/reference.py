@@ -67,13 +67,29 @@ def slow_masks(m: Tensor, size: tuple[int, int]) -> Tensor:
     return s / s.sum(dim=0)
 
 
-def slow_objective(logits: Tensor, target: Tensor, masks: Tensor, lambda_s: float) -> Tensor:
-    """Eq. 3 without the roughness term, of one tuple: (N,), (N,), (k, H, W) -> scalar."""
+def slow_roughness(masks: Tensor) -> Tensor:
+    """Total variation of section 4.4, pixel by pixel: (k, H, W) -> scalar."""
+    k, height, width = masks.shape
+    total = torch.zeros((), dtype=masks.dtype)
+    for i in range(k):
+        for y in range(height):
+            for x in range(width):
+                down = masks[i, y + 1, x] - masks[i, y, x] if y + 1 < height else torch.zeros(())
+                across = masks[i, y, x + 1] - masks[i, y, x] if x + 1 < width else torch.zeros(())
+                total = total + down.abs() ** 3 + across.abs() ** 3
+    return total / (k * height * width)
+
+
+def slow_objective(
+    logits: Tensor, target: Tensor, masks: Tensor, lambda_s: float, lambda_tv: float = 0.0
+) -> Tensor:
+    """Eq. 3 of one tuple: (N,), (N,), (k, H, W) -> scalar."""
     f = torch.softmax(logits, dim=0)
     divergence = sum(
         target[c] * torch.log(target[c] / f[c]) for c in range(len(target)) if target[c] > 0
     )
-    return divergence + lambda_s * (masks * (masks - 1)).abs().mean()
+    rough = slow_roughness(masks) if lambda_tv > 0 else 0.0
+    return divergence + lambda_tv * rough + lambda_s * (masks * (masks - 1)).abs().mean()
 
 
 def algorithm_1(
@@ -84,12 +100,16 @@ def algorithm_1(
     mask_size: int,
     sigma: float,
     lambda_s: float = 25.0,
+    lambda_tv: float = 0.0,
+    lr: float | None = None,
     max_steps: int = 50,
 ) -> tuple[list[tuple[Tensor, Tensor]], bool]:
     """Algorithm 1 for one tuple of pictures (k, C, H, W), float32 or float64, weights (k,).
 
-    Returns the masks (k, H, W) and the mix (C, H, W) before the first Newton step and after each,
-    and whether the teacher's top k classes of the last mix are those of the images.
+    With `lr`, a step is one of plain gradient descent, the first baseline of section 4.4.
+
+    Returns the masks (k, H, W) and the mix (C, H, W) before the first step and after each, and
+    whether the teacher's top k classes of the last mix are those of the images.
     """
     k, size = len(images), tuple(images.shape[-2:])
     with torch.no_grad():
@@ -111,8 +131,11 @@ def algorithm_1(
         path.append((masks.detach(), mixed.detach()))
         if done or step == max_steps:
             return path, done
-        loss = slow_objective(logits, target, masks, lambda_s)
+        loss = slow_objective(logits, target, masks, lambda_s, lambda_tv)
         (gradient,) = torch.autograd.grad(loss, m)
+        if lr is not None:
+            m = m.detach() - lr * gradient
+            continue
         smooth = slow_blur(gradient, sigma)
         length = float(loss.detach().abs() / (smooth * gradient).sum())
         length = min(max(length, 1e-4), 2000.0)  # the authors' bounds

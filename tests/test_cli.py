@@ -1,5 +1,6 @@
 """The command line: what it prints where, its exit codes, and its errors."""
 
+import inspect
 import io
 import json
 import subprocess
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from supermix_transforms import __version__
+from supermix_transforms.bench import bench as bench_function
 from supermix_transforms.cli import main
+from supermix_transforms.demo import DEMO_FILES
 
 ROOT = Path(__file__).parents[1]
 TEACHER = """
@@ -253,7 +256,78 @@ def test_an_interrupt_ends_quietly_with_130(folder, capsys):
     assert errors.splitlines()[-1] == "supermix: interrupted"
 
 
-@pytest.mark.parametrize("command", ["demo", "mix"])
+def bench(folder, *options, teacher="colour") -> int:
+    named = f"{folder / 'teacher.py'}:{teacher}"
+    places = ["--images", str(folder / "photos"), "--out", str(folder / "out")]
+    small = ["--size", "24", "--count", "5", "--repeats", "1"]
+    return main(["bench", *places, "--teacher", named, *small, *options])
+
+
+def test_bench_writes_figures_and_chart_and_prints_a_table(folder, capsys):
+    assert bench(folder, "--methods", "fast", "mixup") == 0
+    assert sorted(files_in(folder / "out")) == ["bench.json", "bench.png"]
+    shown, errors = capsys.readouterr()
+    assert "converged" in shown
+    assert "mixup" in shown
+    assert str(folder / "out" / "bench.json") in shown
+    assert errors == "a chatty teacher\n"
+
+
+def test_json_of_bench_is_what_is_in_the_file(folder, capsys):
+    options = ["--methods", "fast-matched", "paper", "authors-70", "--seed", "4", "--k", "3"]
+    options += ["--alpha", "2", "--batch-size", "4", "--slow-count", "2"]
+    assert bench(folder, *options, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((folder / "out" / "bench.json").read_text())
+    assert [row["name"] for row in report["methods"]] == ["fast-matched", "paper", "authors-70"]
+    assert [row["tuples"] for row in report["methods"]] == [6, 3, 3]
+    assert [report[key] for key in ("seed", "k", "alpha", "batch_size")] == [4, 3, 2, 3]
+    assert report["teacher"] == f"{folder / 'teacher.py'}:colour"
+
+
+def test_mean_and_std_of_bench_replace_the_teachers(folder, capsys):
+    shares = []
+    for options in ([], ["--mean", "0.5", "--std", "50"]):
+        # with logits that hardly differ, the margin that fast asks for is out of reach
+        assert bench(folder, "--methods", "fast", "--json", *options) == 0
+        shares.append(json.loads(capsys.readouterr().out)["methods"][0]["steps"])
+    assert shares[0] < shares[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "fats"], "methods: expected some of fast, "),
+        (["--methods", "fast", "--k", "6"], "count: expected at least k = 6 tuples, got 5"),
+        (["--methods", "fast", "--repeats", "0"], "repeats: expected at least 1, got 0"),
+    ],
+)
+def test_a_bad_option_of_bench_is_one_line_on_standard_error(folder, capsys, options, message):
+    assert bench(folder, *options) == 2
+    assert error_of(capsys).startswith(message)
+    assert not (folder / "out").exists()
+
+
+def test_bench_takes_the_demos_teacher_and_pictures_unless_told_otherwise(monkeypatch, tmp_path):
+    called = []
+
+    def noted(pictures, labeler, **options):
+        called.append((list(pictures), labeler, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("supermix_transforms.cli.bench", noted)
+    assert main(["bench", "--out", str(tmp_path)]) == 130
+    ((pictures, labeler, options),) = called
+    assert [name for name, _ in pictures] == list(DEMO_FILES)
+    assert pictures[0][1].shape == (3, 224, 224)
+    assert "EfficientNet" in repr(labeler)
+    assert options["name"] == "efficientnet-lite0"
+    defaults = inspect.signature(bench_function).parameters
+    for name in ("k", "alpha", "methods", "count", "slow_count", "batch_size", "repeats", "seed"):
+        assert options[name] == defaults[name].default
+
+
+@pytest.mark.parametrize("command", ["demo", "mix", "bench"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

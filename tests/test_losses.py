@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import slow_masks, slow_objective
+from reference import slow_masks, slow_objective, slow_roughness
 from torch.testing import assert_close
 
 from supermix_transforms.losses import (
     kd_loss,
     kl_divergence,
     mixing_objective,
+    roughness,
     sparsity,
     supermix_loss,
 )
@@ -43,6 +44,43 @@ def test_sparsity_is_of_each_row():
     masks = torch.rand(5, 2, 9, 7)
     expected = torch.stack([(m * (m - 1)).abs().sum() / (2 * 9 * 7) for m in masks])
     assert_close(sparsity(masks), expected)
+
+
+# -- roughness (section 4.4) -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_roughness_is_the_mean_cube_of_the_steps_between_pixels(k):
+    masks = torch.randn(5, k, 9, 7).softmax(dim=1)
+    assert_close(roughness(masks), torch.stack([slow_roughness(m) for m in masks]))
+
+
+def test_roughness_is_0_for_even_masks_and_grows_with_noise():
+    assert_close(roughness(torch.full((5, 3, 9, 7), 1 / 3)), torch.zeros(5))
+    assert_close(roughness(torch.rand(5, 3, 1, 1)), torch.zeros(5))  # nothing to compare with
+    noise = torch.randn(5, 2, 9, 7)
+    quiet, loud = (roughness((scale * noise).softmax(dim=1)) for scale in (0.5, 2.0))
+    assert (quiet > 0).all()
+    assert (loud > quiet).all()
+
+
+def test_a_border_that_is_a_ramp_of_n_pixels_is_n_squared_times_less_rough():
+    """Masks of few cells are smooth without this term, the more so the larger the picture."""
+
+    def ramp(n: int) -> torch.Tensor:
+        row = (torch.arange(12.0) - 2).clamp(0, n) / n
+        return row.expand(1, 1, 5, 12)
+
+    sharp = roughness(ramp(1))
+    assert_close(sharp, torch.tensor([1 / 12]))
+    for n in (2, 4, 8):
+        assert_close(roughness(ramp(n)), sharp / n**2)
+
+
+def test_roughness_does_not_care_about_mirrors_and_turns():
+    masks = torch.randn(5, 2, 9, 7).softmax(dim=1)
+    for turned in (masks.flip(2), masks.flip(3), masks.transpose(2, 3), masks.flip(1)):
+        assert_close(roughness(turned), roughness(masks))
 
 
 # -- KL --------------------------------------------------------------------------------------------
@@ -95,9 +133,20 @@ def test_the_objective_is_kl_plus_weighted_sparsity_of_each_row():
     assert_close(objective, torch.stack(expected))
 
 
+def test_the_objective_takes_roughness_in_if_it_has_a_weight():
+    logits, target = torch.randn(5, 4), random_targets(5, 4)
+    masks = render(torch.randn(5, 2, 3, 3), (9, 7), "sigmoid")
+    given = {"lambda_s": 25.0, "lambda_tv": 250.0}
+    objective = mixing_objective(logits, target, masks, **given)
+    expected = [slow_objective(logits[b], target[b], masks[b], **given) for b in range(5)]
+    assert_close(objective, torch.stack(expected))
+    assert (objective > mixing_objective(logits, target, masks, lambda_s=25.0) + 0.01).all()
+
+
+@pytest.mark.parametrize("lambda_tv", [0.0, 250.0])
 @pytest.mark.parametrize("how", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("k", [2, 3])
-def test_the_objectives_gradient_agrees_with_finite_differences(how, k):
+def test_the_objectives_gradient_agrees_with_finite_differences(how, k, lambda_tv):
     images = torch.rand(2, k, 3, 5, 4, dtype=torch.float64)
     head = torch.randn(3 * 5 * 4, 4, dtype=torch.float64)
     target = random_targets(2, 4, torch.float64)
@@ -105,7 +154,7 @@ def test_the_objectives_gradient_agrees_with_finite_differences(how, k):
     def objective(z):
         masks = render(z, (5, 4), how)
         logits = (blend(images, masks).flatten(1) @ head).sin() * 2  # not linear, smooth
-        return mixing_objective(logits, target, masks, lambda_s=25.0)
+        return mixing_objective(logits, target, masks, lambda_s=25.0, lambda_tv=lambda_tv)
 
     z = torch.randn(2, k, 3, 3, dtype=torch.float64, requires_grad=True)
     assert objective(z).dtype == torch.float64

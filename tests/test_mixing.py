@@ -14,7 +14,6 @@ from supermix_transforms.mixing import (
     draw_ring,
     draw_weights,
     generator,
-    match_partners,
     soft_targets,
     supermix,
     unmixed,
@@ -188,124 +187,6 @@ def test_a_large_batch_that_no_ring_can_separate_is_dealt_at_once():
 def test_one_class_is_no_error():
     sources = draw_ring(Draw(0, 0, identities(5)), torch.zeros(5, dtype=torch.int64), 3)
     assert all(len(set(row)) == 3 for row in sources.tolist())
-
-
-# -- matched partners ------------------------------------------------------------------------------
-
-
-def structured_maps(count: int = 24, classes: int = 8) -> tuple[ClassMaps, Tensor]:
-    """Pictures that show their class in one quarter of a 4 x 4 map."""
-    source = torch.Generator().manual_seed(3)
-    labels = torch.arange(count) % classes
-    features = 0.3 * torch.rand(count, classes, 4, 4, generator=source)
-    for row, label in enumerate(labels):
-        quarter = int(torch.randint(4, (), generator=source))
-        y, x = 2 * (quarter // 2), 2 * (quarter % 2)
-        features[row, label, y : y + 2, x : x + 2] += 4
-    return ClassMaps(features, torch.eye(classes), torch.zeros(classes)), labels
-
-
-def surrogate_margin(maps: ClassMaps, classes: Tensor, i: int, j: int) -> float:
-    """What `match_partners` scores a pair by, cell by cell."""
-    first, second = maps.maps()[i], maps.maps()[j]
-    a, b = int(classes[i]), int(classes[j])
-    total = torch.zeros(len(maps.bias))
-    for y in range(first.shape[1]):
-        for x in range(first.shape[2]):
-            ours, theirs = first[:, y, x], second[:, y, x]
-            total += ours if ours[a] + ours[b] >= theirs[a] + theirs[b] else theirs
-    logits = total / first[0].numel() + maps.bias
-    others = [c for c in range(len(logits)) if c not in (a, b)]
-    return float(min(logits[a], logits[b]) - logits[others].max())
-
-
-@pytest.mark.parametrize("k", [2, 3])
-@pytest.mark.parametrize("cap", [1, 2, 3])
-def test_partners_are_distinct_and_used_at_most_cap_times(k, cap):
-    maps, classes = structured_maps()
-    sources = match_partners(maps, classes, k, cap=cap)
-    assert (sources.shape, sources.dtype) == ((24, k), torch.int64)
-    assert_close(sources[:, 0], torch.arange(24))
-    assert all(len(set(row)) == k for row in sources.tolist())
-    assert clashes(sources, classes) == 0
-    for place in range(1, k):
-        assert sources[:, place].bincount(minlength=24).max() <= cap
-
-
-def test_partners_mix_better_than_random_ones():
-    maps, classes = structured_maps()
-    scores = {}
-    for cap in (1, 2, 3):
-        pairs = match_partners(maps, classes, 2, cap=cap).tolist()
-        scores[cap] = sum(surrogate_margin(maps, classes, *pair) for pair in pairs)
-    pairs = draw_ring(Draw(0, 0, identities(24)), classes, 2).tolist()
-    random = sum(surrogate_margin(maps, classes, *pair) for pair in pairs)
-    assert random + 1 < scores[1] <= scores[2] + 1e-3
-    assert scores[2] <= scores[3] + 1e-3
-
-
-def test_the_assignment_is_the_best_there_is():
-    from itertools import permutations
-
-    maps, classes = structured_maps(5, 5)
-    table = [[surrogate_margin(maps, classes, i, j) for j in range(5)] for i in range(5)]
-    best = max(
-        sum(table[i][j] for i, j in enumerate(order))
-        for order in permutations(range(5))
-        if all(i != j for i, j in enumerate(order))
-    )
-    pairs = match_partners(maps, classes, 2, cap=1).tolist()
-    assert_close(sum(table[i][j] for i, j in pairs), best, rtol=1e-4, atol=1e-4)
-
-
-def test_another_class_is_preferred_and_one_class_is_no_error():
-    maps, _ = structured_maps(6, 8)
-    classes = torch.tensor([0, 0, 0, 1, 1, 1])
-    sources = match_partners(maps, classes, 2, cap=1)
-    assert clashes(sources, classes) == 0
-    one = match_partners(maps, torch.zeros(6, dtype=torch.int64), 3)
-    assert all(len(set(row)) == 3 for row in one.tolist())
-
-
-@given(count=st.integers(2, 6), cap=st.integers(1, 3), seed=st.integers(0, 300))
-def test_a_tuple_as_large_as_the_batch_holds_no_picture_twice(count, cap, seed):
-    source = torch.Generator().manual_seed(seed)
-    features = torch.randn(count, 7, 2, 2, generator=source)
-    maps = ClassMaps(features, torch.eye(7), torch.zeros(7))
-    classes = torch.randint(7, (count,), generator=source)
-    sources = match_partners(maps, classes, count, cap=cap)
-    assert all(len(set(row)) == count for row in sources.tolist())
-
-
-def test_pairs_that_hold_all_classes_and_maps_that_are_not_finite_can_be_matched():
-    maps, _ = structured_maps(6, 2)
-    sources = match_partners(maps, torch.arange(6) % 2, 2)
-    assert clashes(sources, torch.arange(6) % 2) == 0
-    maps, classes = structured_maps(6, 6)
-    maps.features[2] = torch.nan
-    maps.features[4] = torch.inf
-    sources = match_partners(maps, classes, 2)
-    assert all(len(set(row)) == 2 for row in sources.tolist())
-
-
-def test_autocast_around_does_not_change_partners():
-    maps, classes = structured_maps()
-    expected = match_partners(maps, classes, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(match_partners(maps, classes, 3), expected)
-
-
-@pytest.mark.parametrize(
-    ("k", "cap", "message"),
-    [
-        (7, 2, r"k: expected at most 6, a batch's pictures, got 7. Pass a larger batch"),
-        (2, 0, r"cap: expected at least 1 use of each picture, got 0"),
-    ],
-)
-def test_tuples_that_can_not_be_matched_are_named(k, cap, message):
-    maps, classes = structured_maps(6, 6)
-    with pytest.raises(ValueError, match=message):
-        match_partners(maps, classes, k, cap=cap)
 
 
 # -- soft targets (Eq. 2) --------------------------------------------------------------------------

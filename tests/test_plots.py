@@ -9,7 +9,15 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from supermix_transforms.plots import Panel, Seen, contact_sheet, make_panels, overview
+from supermix_transforms.plots import (
+    Bar,
+    Panel,
+    Seen,
+    contact_sheet,
+    cost_bars,
+    make_panels,
+    overview,
+)
 from supermix_transforms.results import Mixed
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +173,45 @@ def test_panels_of_mixes_without_logits_name_nothing():
 def test_no_panel_is_an_error(draw):
     with pytest.raises(ValueError, match="panels: expected at least one mix to draw, got none"):
         draw([])
+
+
+BARS = [
+    Bar("fast", 41.0, "41 ms · 100% converged"),
+    Bar("authors-same-dtype", 43210.0, "43,210 ms · 100% converged at 50 steps"),
+    Bar("mixup", None, "nothing converged"),
+    Bar("$\\frac{", 7.0, "$x_2"),
+]
+
+
+def test_bars_are_as_long_as_the_logarithm_of_what_they_cost():
+    (axes,) = cost_bars(BARS).axes
+    assert axes.get_xscale() == "log"
+    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == [41, 43210, 7]
+    assert all(axes.get_xlim()[0] <= bar.get_x() < 7 for bar in axes.patches)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [bar.name for bar in BARS]
+    assert [text.get_text() for text in axes.texts] == [bar.text for bar in BARS]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] != colours[1]
+    assert colours[1] == colours[2]
+
+
+@pytest.mark.parametrize("bars", [BARS, BARS[:1], BARS[2:3], [Bar("fast", 0.0003, "short")] * 11])
+def test_bars_and_their_texts_are_inside_the_chart(bars):
+    figure = cost_bars(bars)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    (axes,) = figure.axes
+    for text in [*axes.texts, *axes.get_yticklabels(), axes.xaxis.label]:
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+
+
+def test_no_bar_is_an_error():
+    with pytest.raises(ValueError, match="bars: expected at least one method to draw, got none"):
+        cost_bars([])
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):

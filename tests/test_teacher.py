@@ -561,6 +561,15 @@ def test_autocast_is_for_the_search_and_not_for_the_originals():
     assert_close(pair.examine(images)[0].softmax(dim=1), exact.softmax(dim=1))
 
 
+def test_precise_logits_have_a_gradient_and_no_autocast():
+    net, images = plain().eval(), noise().requires_grad_()
+    labeler = TeacherLabeler(net, dtype=torch.bfloat16)
+    for teacher in (labeler, TeacherLabeler([labeler, labeler])):
+        logits = teacher.logits(images, precise=True)
+        assert_close(logits.softmax(dim=1), net(images).softmax(dim=1), rtol=1e-5, atol=1e-5)
+        assert torch.autograd.grad(logits[:, 0].sum(), images)[0].abs().sum() > 0
+
+
 def test_the_readers_autocast_and_inference_mode_do_not_leak_in():
     net, images = plain(), noise()
     labeler = TeacherLabeler(net)
