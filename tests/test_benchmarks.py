@@ -23,8 +23,8 @@ def benchmark(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "partners", "least", "most_sparsity", "most_pairs"),
     [
-        ("fast", "random", 0.98, 0.071, 3.5),
-        ("fast", "matched", 0.98, 0.071, 2.5),
+        ("fast", "random", 0.98, 0.075, 3.0),
+        ("fast", "matched", 0.98, 0.075, 2.0),
         ("paper", "random", 0.96, 0.25, 8.0),
     ],
 )
