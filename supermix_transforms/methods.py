@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from supermix_transforms.losses import kl_divergence, mixing_objective, sparsity
@@ -37,7 +36,8 @@ Logits: TypeAlias = Callable[[Tensor], Tensor]
 
 # The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
 TAU = 0.5  # temperature of the smooth maximum over the other classes
-DELTA = 0.5  # margin that the loss asks for, beyond the one that is checked
+LEAD = 1.0  # of each class over the others, that the loss asks for
+KL_WEIGHT = 2.0
 MOMENTUM = 0.5
 NEAR = -0.7  # margin from which a row is expected to pass its next check, in logits
 STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
@@ -323,10 +323,14 @@ def _leads(logits: Tensor, members: Tensor) -> Tensor:
 
 
 def _fast_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
-    """A smooth hinge on each class's lead, plus KL to the target; sparsity is the projection's."""
-    short = TAU * F.softplus((DELTA - _leads(logits, problem.members)) / TAU)
-    hinge = torch.where(problem.members, short, 0.0).sum(dim=1)
-    return hinge + kl_divergence(logits, problem.targets)
+    """What each class's lead falls short, plus KL to the target; sparsity is the projection's.
+
+    Each shortfall is weighted by itself, as the shortest step that makes up for all of them is where
+    they do not depend on each other. The weights are held: Newton's step asks for a loss that is
+    near to linear.
+    """
+    short = torch.where(problem.members, LEAD - _leads(logits, problem.members), 0.0).relu()
+    return (short.detach() * short).sum(dim=1) + KL_WEIGHT * kl_divergence(logits, problem.targets)
 
 
 def _fast_update(
