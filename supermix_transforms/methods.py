@@ -18,18 +18,17 @@ from supermix_transforms.settings import MethodName, Resolved
 
 __all__ = [
     "METHODS",
-    "Hint",
     "Logits",
     "Method",
     "Surrogate",
     "Tuples",
     "ask",
+    "contrast",
     "finite_rows",
     "gradient_of",
     "margins",
     "newton_step",
     "quality",
-    "saliency",
 ]
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
@@ -47,7 +46,7 @@ START_SPARSITY, START_KL = 20.0, 0.1  # weights of the surrogate's terms
 # The second start: how much of the surrogate's error is believed in, and the weight of staying near
 REVISION_STEPS, REVISION_TRUST, REVISION_STAY = 20, 0.85, 4.0
 
-SALIENCY_BLUR, SALIENCY_GAIN, SALIENCY_FLOOR = 1.0, 6.0, 1e-3
+CONTRAST_DETAIL, CONTRAST_SCALE = 7, 20  # pixels a cell; the blur's sigma in a side's parts
 
 LENGTH_LIMITS = (1e-4, 2000.0)  # of the paper's step; the bounds are the authors' code's
 
@@ -76,7 +75,7 @@ class Tuples(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """A teacher that is linear in what the masks let through: class maps, ready for `solve`.
+    """What a linear teacher would say of mixes, known without asking the real one.
 
     The logits of a mix are `bias` and the sum over images and cells of mask times `shares`.
     """
@@ -85,12 +84,21 @@ class Surrogate(NamedTuple):
     bias: Tensor  # (N,)
 
     @classmethod
-    def of(cls, maps: ClassMaps, used: Tensor) -> "Surrogate":
-        """Of the pictures `used` (U,); 0 for all others."""
+    def of_maps(cls, maps: ClassMaps, used: Tensor) -> "Surrogate":
+        """From the class maps of the pictures `used` (U,); 0 for all others."""
         shares = ClassMaps(maps.features[used], maps.weight, maps.bias).maps()
         shares = shares / (shares.shape[-2] * shares.shape[-1])
         empty = shares.new_zeros(len(maps.features), *shares.shape[1:])
         return cls(empty.index_copy(0, used, shares), maps.bias)
+
+    @classmethod
+    def of_pictures(cls, images: Tensor, logits: Tensor, used: Tensor, cells: int) -> "Surrogate":
+        """Where there are no class maps: each picture's logits (P, N), spread over its contrast."""
+        seen = contrast(images[used], cells)
+        level = (logits - logits.mean(dim=1, keepdim=True))[used]
+        shares = level[:, :, None, None] * seen[:, None] / cells**2
+        empty = shares.new_zeros(len(images), *shares.shape[1:])
+        return cls(empty.index_copy(0, used, shares), shares.new_zeros(logits.shape[1]))
 
     def of_tuples(self, sources: Tensor) -> Callable[[Tensor], Tensor]:
         """Masks (B, k, H, W) of the tuples `sources` (B, k) to logits (B, N)."""
@@ -105,18 +113,15 @@ class Surrogate(NamedTuple):
         return logits
 
 
-Hint: TypeAlias = Surrogate | Tensor  # of the pictures; a tensor is their saliency (P, w, w)
-
-
 class Method(NamedTuple):
     """What tells one solver from another."""
 
     normalisation: Normalisation
     keep_best: bool  # what a row that never converges hands out: its best iterate, or its last
-    wants_hint: bool  # starts from class maps or saliency
+    surrogate: bool  # starts from what a `Surrogate` finds good
     near: float  # margin from which a row is expected to pass its next check, in logits
     second_graph: bool  # ask failing rows again where that is cheaper than one backward for all
-    start: Callable[[Tuples, Hint | None, Resolved], Tensor]  # -> mask logits z
+    start: Callable[[Tuples, Surrogate | None, Resolved], Tensor]  # -> mask logits z
     loss: Callable[[Tensor, Tensor, Tuples, Resolved], Tensor]  # logits, masks -> (B,)
     # z, momentum u, loss (B,), gradient -> next z and u
     update: Callable[[Tensor, Tensor, Tensor, Tensor, Tuples, Resolved], tuple[Tensor, Tensor]]
@@ -176,32 +181,22 @@ def quality(logits: Tensor, divergence: Tensor, members: Tensor, settings: Resol
     return torch.minimum(inside - outside - odds, settings.max_kl - divergence)
 
 
-def saliency(
-    images: Tensor, teacher: Logits, classes: Tensor, mask_size: int, *, chunk: int = 64
-) -> Tensor:
-    """Where each picture's class is seen: ``|d logit / d pixel|`` on the masks' grid.
+def contrast(images: Tensor, cells: int) -> Tensor:
+    """Where a picture has detail: ``|picture - blurred picture|`` on a coarse grid.
 
     Args:
-        images: (P, C, H, W), as `solve` takes them.
-        teacher: images -> logits.
-        classes: (P,) int64, whose logit is asked for.
-        mask_size: cells a side.
-        chunk: pictures at a time.
+        images: (P, C, H, W), uint8 or floating.
+        cells: a side of the grid.
 
     Returns:
-        (P, w, w) float32, blurred, of mean 1; 1 everywhere if the teacher's answer does not depend
-        on the picture.
+        (P, cells, cells) float32 of mean 1; 1 everywhere for a picture without detail.
     """
-    parts = []
-    for rows in torch.arange(len(images), device=images.device).split(chunk):
-        leaf = images[rows].float().requires_grad_()
-        logits = ask(teacher, leaf, images.dtype)
-        picked = logits.gather(1, classes[rows, None]).sum()
-        slope = gradient_of(picked, leaf).abs().sum(dim=1)  # (B, H, W)
-        cells = blur(average(slope, (mask_size, mask_size)), SALIENCY_BLUR)
-        mean = cells.mean(dim=(1, 2), keepdim=True)
-        parts.append(torch.where((mean > 0) & mean.isfinite(), cells / mean, 1.0))
-    return torch.cat(parts)
+    side = CONTRAST_DETAIL * cells
+    fine = average(images.float(), (side, side))
+    detail = (fine - blur(fine, side / CONTRAST_SCALE)).abs().mean(dim=1)
+    seen = average(detail, (cells, cells))
+    mean = seen.mean(dim=(1, 2), keepdim=True)
+    return torch.where((mean > 1e-6 * fine.abs().mean()) & mean.isfinite(), seen / mean, 1.0)
 
 
 def ask(teacher: Logits, pictures: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,7 +219,7 @@ def finite_rows(values: Tensor) -> Tensor:
 # -- the paper's method and its baselines (section 4.4) --------------------------------------------
 
 
-def _zero_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
+def _zero_start(problem: Tuples, surrogate: Surrogate | None, settings: Resolved) -> Tensor:
     """Algorithm 1, line 6."""
     rows, k = problem.sources.shape
     cells = settings.mask_size
@@ -258,14 +253,11 @@ def _descent(
 # -- the fast method -------------------------------------------------------------------------------
 
 
-def _fast_start(problem: Tuples, hint: Hint | None, settings: Resolved) -> Tensor:
-    """Masks that a surrogate of the teacher, or its saliency, finds good: no teacher call."""
-    if isinstance(hint, Surrogate):
-        z = _zero_start(problem, None, settings)
-        z = _optimise_surrogate(problem, hint, settings, z, steps=START_STEPS)
-    else:
-        assert hint is not None
-        z = SALIENCY_GAIN * hint.clamp(min=SALIENCY_FLOOR).log()[problem.sources]
+def _fast_start(problem: Tuples, surrogate: Surrogate | None, settings: Resolved) -> Tensor:
+    """Masks that the surrogate finds good: no teacher call."""
+    assert surrogate is not None
+    z = _zero_start(problem, surrogate, settings)
+    z = _optimise_surrogate(problem, surrogate, settings, z, steps=START_STEPS)
     return project(z, settings.sparsity, problem.coarse)
 
 
@@ -325,9 +317,9 @@ def _leads(logits: Tensor, members: Tensor) -> Tensor:
 def _fast_loss(logits: Tensor, masks: Tensor, problem: Tuples, settings: Resolved) -> Tensor:
     """What each class's lead falls short, plus KL to the target; sparsity is the projection's.
 
-    Each shortfall is weighted by itself, as the shortest step that makes up for all of them is where
-    they do not depend on each other. The weights are held: Newton's step asks for a loss that is
-    near to linear.
+    Each shortfall is weighted by itself: where they do not depend on each other, the shortest step
+    that makes up for all of them does so. The weights are held, as Newton's step asks for a loss
+    that is near to linear.
     """
     short = torch.where(problem.members, LEAD - _leads(logits, problem.members), 0.0).relu()
     return (short.detach() * short).sum(dim=1) + KL_WEIGHT * kl_divergence(logits, problem.targets)
@@ -345,7 +337,7 @@ def _fast_update(
 PAPER = Method(
     normalisation="sigmoid",
     keep_best=False,
-    wants_hint=False,
+    surrogate=False,
     near=math.inf,
     second_graph=False,
     start=_zero_start,
@@ -357,7 +349,7 @@ METHODS: dict[MethodName, Method] = {
     "fast": Method(
         normalisation="softmax",
         keep_best=True,
-        wants_hint=True,
+        surrogate=True,
         near=NEAR,
         second_graph=True,
         start=_fast_start,

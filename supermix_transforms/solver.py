@@ -20,7 +20,6 @@ from supermix_transforms.losses import kl_divergence, sparsity
 from supermix_transforms.masks import Normalisation, blend, render
 from supermix_transforms.methods import (
     METHODS,
-    Hint,
     Logits,
     Method,
     Surrogate,
@@ -31,15 +30,14 @@ from supermix_transforms.methods import (
     margins,
     newton_step,
     quality,
-    saliency,
 )
 from supermix_transforms.results import ClassMaps, Mixed, Outcome
 from supermix_transforms.settings import Resolved, SolverSettings
 
-__all__ = ["SolverSettings", "margins", "newton_step", "saliency", "solve"]
+__all__ = ["SolverSettings", "margins", "newton_step", "solve"]
 
 ACTIVATIONS = 100  # bytes a teacher keeps for a backward, in float32 pictures; a ResNet-50's is 85
-GROUP_VALUES = 8 * 3 * 224 * 224  # of pictures that share a graph on the CPU
+GROUP_VALUES = 4 * 3 * 224 * 224  # of pictures that share a graph on the CPU
 
 
 def solve(
@@ -66,7 +64,7 @@ def solve(
         weights: (M, k), rows sum to 1.
         originals: the teacher's logits of the images, (P, N).
         settings: the method and its values.
-        maps: class maps of the images; the fast method starts from saliency where there are none.
+        maps: class maps of the images; the fast method starts from contrast where there are none.
         half: the teacher answers in half precision, which asks for a larger margin.
 
     Returns:
@@ -92,25 +90,19 @@ def solve(
         torch.enable_grad(),
         torch.autocast(images.device.type, enabled=False),
     ):
-        hint: Hint | None = None
-        share = 0.0  # of the saliency, in calls for each mix
-        used = sources.unique()
-        if method.wants_hint and maps is not None:
-            hint = Surrogate.of(maps, used)
-        elif method.wants_hint:
-            cells = saliency(images[used], teacher, classes[used], resolved.mask_size, chunk=chunk)
-            hint = cells.new_ones(len(images), *cells.shape[1:]).index_copy(0, used, cells)
-            share = len(used) / len(sources)
+        surrogate, used = None, sources.unique()
+        if method.surrogate and maps is not None:
+            surrogate = Surrogate.of_maps(maps, used)
+        elif method.surrogate:
+            cells = max(1, resolved.mask_size // 2)
+            surrogate = Surrogate.of_pictures(images, originals, used, cells)
         parts = []
         for rows in torch.arange(len(sources), device=images.device).split(chunk):
             part = problem.rows(rows)
-            z = method.start(part, hint, resolved)
+            z = method.start(part, surrogate, resolved)
             z = torch.where(finite_rows(z)[:, None, None, None], z, 0.0)
-            parts.append(_search(part, teacher, z, lost[rows], hint, method, resolved))
-        mixed = Mixed.concatenate(parts)
-    mixed.forwards.add_(share)
-    mixed.backwards.add_(share)
-    return mixed
+            parts.append(_search(part, teacher, z, lost[rows], surrogate, method, resolved))
+        return Mixed.concatenate(parts)
 
 
 # -- the search ------------------------------------------------------------------------------------
@@ -188,7 +180,7 @@ def _search(
     teacher: Logits,
     z: Tensor,
     lost: Tensor,
-    hint: Hint | None,
+    surrogate: Surrogate | None,
     method: Method,
     settings: Resolved,
 ) -> Mixed:
@@ -200,9 +192,11 @@ def _search(
     best = _Best(problem, z)
     now = _Rows.begin(z, lost, settings.polish)
     revise = None  # of z and the teacher's first answer, which then needs no backward
-    if method.revise is not None and isinstance(hint, Surrogate):
-        revise = partial(method.revise, hint)
-    last = settings.max_steps + settings.polish + (revise is not None)
+    if method.revise is not None and surrogate is not None:
+        revise = partial(method.revise, surrogate)
+    last = settings.max_steps + settings.polish
+    if revise is not None and settings.polish > 0:
+        last += 1  # who passes at once waits for a graph
     size = _group_size(problem.images)
 
     def look(some: _Rows) -> _Asked:

@@ -721,3 +721,14 @@ def test_inputs_are_unchanged():
     TeacherLabeler(plain()).examine(images)
     assert images._version == before
     assert torch.equal(images, copied)
+
+
+def test_half_is_whether_any_teacher_answers_in_half_precision():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    half = copy.deepcopy(net).bfloat16()
+    assert not TeacherLabeler(net).half
+    assert not TeacherLabeler(copy.deepcopy(net).double()).half
+    assert not TeacherLabeler(lambda x: x.flatten(1)).half
+    assert TeacherLabeler(net, dtype=torch.bfloat16).half
+    assert TeacherLabeler(half).half
+    assert TeacherLabeler([net, half]).half
