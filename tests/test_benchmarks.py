@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from supermix_transforms import TeacherLabeler
-
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
@@ -16,7 +14,7 @@ def benchmark(monkeypatch):
     import solver
 
     yield solver
-    del sys.modules["solver"]
+    del sys.modules["solver"], sys.modules["real_data"]
 
 
 @pytest.mark.slow
@@ -31,10 +29,8 @@ def benchmark(monkeypatch):
 def test_cifar10_pictures_are_mixed(
     benchmark, data, method, partners, least, most_sparsity, most_pairs
 ):
-    net = benchmark.cifar10_resnet56(data / "cifar10" / "resnet56.safetensors")
-    teacher = TeacherLabeler(net, mean=benchmark.MEAN, std=benchmark.STD)
-    images = benchmark.pictures(data, "cifar10", "test", False)[:100]
-    figures = benchmark.run(images, teacher, 2, method, partners)
+    images, teacher = benchmark.load(data, "cifar10")
+    figures = benchmark.run(images[:100], teacher, 2, method, partners, 100)
     assert figures["converged"] >= least
     assert figures["sparsity"] <= most_sparsity
     assert figures["pairs_per_image"] <= most_pairs

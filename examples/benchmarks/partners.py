@@ -22,42 +22,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from cifar_resnet import Block, ResNet
-from safetensors.torch import load_file
-from solver import pictures
-from torch import Tensor, nn
+from real_data import load
+from torch import Tensor
 
 from supermix_transforms import TeacherLabeler
 from supermix_transforms.inputs import identities
 from supermix_transforms.mixing import Draw, draw_ring, draw_weights, supermix
-from supermix_transforms.models import load_teacher
 from supermix_transforms.partners import match_partners
 from supermix_transforms.results import ClassMaps
 
 EPOCHS, MIXED, SEED, K = 3, 256, 0, 2
 BATCHES = {"cifar100": 200, "imagenet": 250}
 CASES = [(name, partners) for name in BATCHES for partners in ("random", "matched")]
-
-
-class Projected(Block):
-    """A block whose shortcut is a 1 x 1 convolution, as in the CIFAR-100 weights."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__(width_in, width, stride=2)
-        shortcut = nn.Conv2d(width_in, width, 1, stride=2, bias=False)
-        self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (y + self.downsample(x)).relu()
-
-
-def cifar100_resnet56(weights: Path) -> nn.Module:
-    model = ResNet(blocks=9, classes=100)
-    model.layer2[0], model.layer3[0] = Projected(16, 32), Projected(32, 64)
-    named = {name.replace("fc.", "linear."): value for name, value in load_file(weights).items()}
-    model.load_state_dict(named)
-    return model.eval()
 
 
 def tuples(partners: str, maps: ClassMaps, classes: Tensor, draw: Draw) -> Tensor:
@@ -145,18 +121,11 @@ def main() -> None:
     for name, partners in CASES:
         if (name, partners) in done:
             continue
+        images, teacher = load(options.data, name, tuning=True)
+        coarse = None
         if name == "cifar100":
-            net = cifar100_resnet56(options.data / "cifar100/resnet56.safetensors")
-            mean, std = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
-            teacher = TeacherLabeler(net, mean=mean, std=std)
-            images = pictures(options.data, "cifar100", "test", False)
             meta = json.loads((options.data / "cifar100/meta.json").read_text())
             coarse = torch.tensor(meta["fine_to_coarse"])
-        else:
-            lite0 = load_teacher("efficientnet-lite0")
-            teacher = TeacherLabeler(lite0.model, mean=lite0.mean, std=lite0.std)
-            images = pictures(options.data, "imagenet-sample", "sample", True)
-            coarse = None
         images = images[: options.pictures]
         seen = [teacher.examine(part) for part in images.split(100)]
         logits = torch.cat([answer for answer, _ in seen])

@@ -3,101 +3,115 @@
     python examples/benchmarks/solver.py --data ../shared/data --out docs/results/solver.json
 
 Settings were fixed on shards 0-1 of the ImageNet sample; the figures come from shards 2-3, and
-from the CIFAR-10 test pictures. Cases that stand in the file already are not run again, so the
+from the CIFAR test pictures. Cases that stand in the file already are not run again, so the
 script can be stopped and called again. Prints the JSON.
 
 A mix counts as converged if the teacher's top k classes of the picture that is handed out (uint8)
 are the classes of its sources, everything asked again in float32 at another batch size.
 `forwards` and `backwards` are teacher calls a mixed image, its share of the originals included.
+Intervals are of 95 %: Wilson's for shares, 1.96 standard errors for means.
 """
 
 import argparse
 import json
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-from cifar_resnet import MEAN, STD, cifar10_resnet56
+from real_data import SEED, load
 from torch import Tensor
 
 from supermix_transforms import SolverSettings, SuperMix, TeacherLabeler
 from supermix_transforms.inputs import identities
-from supermix_transforms.mixing import Draw
-from supermix_transforms.models import load_teacher
+from supermix_transforms.losses import kl_divergence
+from supermix_transforms.measured import wilson
+from supermix_transforms.mixing import Draw, soft_targets
 from supermix_transforms.solver import margins
 
-BATCH, CHECK_BATCH, SEED = 100, 37, 0
+BATCH, CHECK_BATCH = 100, 37
 CASES = [
-    # data set, k, method, partners
-    ("cifar10", 2, "fast", "random"),
-    ("cifar10", 2, "fast", "matched"),
-    ("cifar10", 2, "paper", "random"),
-    ("imagenet", 2, "fast", "random"),
-    ("imagenet", 2, "fast", "matched"),
-    ("imagenet", 3, "fast", "random"),
-    ("imagenet", 3, "fast", "matched"),
-    ("imagenet", 2, "paper", "random"),
-    ("imagenet", 3, "paper", "random"),
+    # data set, k, method, partners, tuples
+    ("cifar10", 2, "fast", "random", 2000),
+    ("cifar10", 2, "fast", "matched", 2000),
+    ("cifar100", 2, "fast", "random", 2000),
+    ("cifar100", 2, "fast", "matched", 2000),
+    ("imagenet", 2, "fast", "random", 1000),
+    ("imagenet", 2, "fast", "matched", 1000),
+    ("imagenet", 3, "fast", "random", 1000),
+    ("imagenet", 3, "fast", "matched", 1000),
+    ("imagenet", 4, "fast", "random", 1000),
+    ("imagenet", 4, "fast", "matched", 1000),
+    ("imagenet-callable", 2, "fast", "random", 1000),
+    ("cifar10", 2, "paper", "random", 1000),
+    ("cifar100", 2, "paper", "random", 1000),
+    ("imagenet", 2, "paper", "random", 100),
+    ("imagenet", 3, "paper", "random", 100),
 ]
 
 
-def pictures(data: Path, name: str, split: str, tuning: bool) -> Tensor:
-    """uint8 (P, 3, H, W), shuffled: ImageNet shards 2-3 (0-1 for tuning), CIFAR-10 test."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, data / "unpack.py", name, folder, "--format", "npz"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        arrays = np.load(Path(folder, f"{split}.npz"))
-        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    if name == "imagenet-sample":  # shard s holds the classes s, s + 4, s + 8, ...
-        images = images[(labels % 4 < 2) == tuning]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
-    return images[order].permute(0, 3, 1, 2).contiguous()
+def batches(images: Tensor, tuples: int) -> list[tuple[int, Tensor]]:
+    """Epochs of the pictures, in batches shuffled anew, until there are enough: (epoch, batch)."""
+    parts: list[tuple[int, Tensor]] = []
+    for epoch in range(-(-tuples // len(images))):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+        parts += [(epoch, images[rows]) for rows in order.split(BATCH)]
+    return parts[: -(-tuples // BATCH)]
 
 
-def run(images: Tensor, teacher: TeacherLabeler, k: int, method: str, partners: str) -> dict:
+def run(
+    images: Tensor, teacher: TeacherLabeler, k: int, method: str, partners: str, tuples: int
+) -> dict:
     settings = SolverSettings(method=method)
     transform = SuperMix(teacher, k=k, partners=partners, settings=settings)
-    mixes, seconds, converged = [], 0.0, []
-    for batch in images.split(BATCH):
+    mixes, seconds, converged, divergence = [], 0.0, [], []
+    for epoch, batch in batches(images, tuples):
         start = time.perf_counter()
-        result = transform.mix(batch, None, Draw(SEED, 0, identities(batch)))
+        mixed = transform.mix(batch, None, Draw(SEED, epoch, identities(batch))).mixed
         seconds += time.perf_counter() - start
-        mixes.append(result.mixed)
-        converged.append(recheck(teacher, batch, result.mixed.images, result.mixed.sources))
+        mixes.append(mixed)
+        classes, passed = recheck(teacher, batch, mixed.images, mixed.sources)
+        converged.append(passed)
+        wanted = soft_targets(mixed.weights, classes[mixed.sources], mixed.logits.shape[1])
+        divergence.append(kl_divergence(mixed.logits, wanted))
 
-    def mean(name: str) -> float:
-        return round(torch.cat([getattr(mix, name) for mix in mixes]).double().mean().item(), 4)
+    def column(name: str) -> Tensor:
+        return torch.cat([getattr(mix, name) for mix in mixes]).double()
 
-    forwards, backwards = mean("forwards"), mean("backwards")
+    passed, forwards, backwards = torch.cat(converged), column("forwards"), column("backwards")
+    pairs, count = (forwards + backwards) / 2, len(passed)
+    error = 1.96 * pairs.std() / count**0.5
     return {
-        "tuples": len(images),
-        "converged": round(torch.cat(converged).double().mean().item(), 4),
-        "converged_in_search": mean("converged"),
-        "sparsity": mean("sparsity"),
-        "steps": mean("steps"),
-        "forwards_per_image": forwards,
-        "backwards_per_image": backwards,
-        "pairs_per_image": round((forwards + backwards) / 2, 4),
-        "ms_per_image": round(1000 * seconds / len(images), 1),
+        "tuples": count,
+        "converged": round(passed.double().mean().item(), 4),
+        "converged_interval": wilson(int(passed.sum()), count),
+        "converged_in_search": round(column("converged").mean().item(), 4),
+        "sparsity": round(column("sparsity").mean().item(), 4),
+        "steps": round(column("steps").mean().item(), 4),
+        "kl": round(torch.cat(divergence).mean().item(), 4),
+        "forwards_per_image": round(forwards.mean().item(), 4),
+        "backwards_per_image": round(backwards.mean().item(), 4),
+        "pairs_per_image": round(pairs.mean().item(), 4),
+        "pairs_interval": [round((pairs.mean() + side * error).item(), 2) for side in (-1, 1)],
+        "ms_per_image": round(1000 * seconds / count, 1),
     }
 
 
 @torch.no_grad()
-def recheck(teacher: TeacherLabeler, originals: Tensor, mixed: Tensor, sources: Tensor) -> Tensor:
-    """Whether the teacher's top k classes are the sources', in float32."""
+def recheck(
+    teacher: TeacherLabeler, originals: Tensor, mixed: Tensor, sources: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The originals' classes, and whether a mix's top k classes are its sources', in float32."""
 
     def ask(images: Tensor) -> Tensor:
         return torch.cat([teacher.examine(part)[0] for part in images.split(CHECK_BATCH)])
 
     logits = ask(mixed)
     wanted = torch.zeros_like(logits, dtype=torch.bool)
-    return margins(logits, wanted.scatter(1, ask(originals).argmax(dim=1)[sources], True)) > 0
+    classes = ask(originals).argmax(dim=1)
+    return classes, margins(logits, wanted.scatter(1, classes[sources], True)) > 0
 
 
 def main() -> None:
@@ -121,15 +135,6 @@ def main() -> None:
         "device": f"CPU, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "torchvision")},
     }
-    cifar = TeacherLabeler(
-        cifar10_resnet56(options.data / "cifar10/resnet56.safetensors"), mean=MEAN, std=STD
-    )
-    lite0 = load_teacher("efficientnet-lite0")
-    imagenet = TeacherLabeler(lite0.model, mean=lite0.mean, std=lite0.std)
-    sets = {
-        "cifar10": (pictures(options.data, "cifar10", "test", False), cifar),
-        "imagenet": (pictures(options.data, "imagenet-sample", "sample", options.tuning), imagenet),
-    }
     shards = "0-1" if options.tuning else "2-3"
     keys = ("data", "k", "method", "partners")
     done = [[result[key] for key in keys] for result in report["results"]]
@@ -137,12 +142,15 @@ def main() -> None:
         parser.error(
             f"{options.out} holds figures of shards {report['shards']}. Name another --out."
         )
-    for name, k, method, partners in CASES:
+    for name, k, method, partners, tuples in CASES:
         if [name, k, method, partners] in done:
             continue
         case = {"data": name, "k": k, "method": method, "partners": partners}
-        images, teacher = sets[name]
-        case |= run(images[: options.tuples], teacher, k, method, partners)
+        images, teacher = load(options.data, name.split("-")[0], tuning=options.tuning)
+        if name.endswith("-callable"):  # anything from pictures to logits: no class maps
+            known = teacher
+            teacher = TeacherLabeler(lambda batch, known=known: known.logits(batch))
+        case |= run(images, teacher, k, method, partners, min(tuples, options.tuples or tuples))
         report["results"].append(case)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
