@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from reference import algorithm_1
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from supermix_transforms import solver
 from supermix_transforms.losses import kl_divergence, mixing_objective, roughness
 from supermix_transforms.masks import blur, mix_images, render
 from supermix_transforms.methods import Surrogate, contrast, quality
@@ -1185,3 +1188,92 @@ def test_coarse_measure_of_sparsity_agrees_with_the_full_one():
         mixed.sparsity,
         (lambda m: (m * (1 - m)).mean(dim=(1, 2, 3)))(render(mixed.mask_logits, (128, 132))),
     )
+
+
+# -- waiting for a GPU -----------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make a CPU wait for a GPU, by the teacher call that it comes after."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [0]
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
+        )
+        if (name in self.OPS or masks) and not self.paused:
+            self.counts[-1] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Adds what never gets to a dispatcher: reading a whole tensor."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "cpu"):
+            self.waits.counts[-1] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_counts_as_waiting():
+    values = torch.arange(3.0)
+    for wait in (
+        lambda: values[0].item(),
+        lambda: bool(values[0] > 0),
+        lambda: int(values.sum()),
+        lambda: values.tolist(),
+        lambda: values.numpy(),
+        lambda: values[values > 1],
+        lambda: values.unique(),
+        lambda: (values > 1).nonzero(),
+    ):
+        waits = Waits()
+        with Reads(waits), waits:
+            wait()
+        assert waits.counts[0] >= 1
+    waits = Waits()
+    with Reads(waits), waits:
+        torch.where(values > 1, values, 0.0)[torch.tensor([0, 1])].sum()
+    assert waits.counts == [0]
+
+
+@pytest.mark.parametrize("kind", ["paper", "contrast", "maps"])
+def test_a_step_on_a_gpu_waits_for_one_count_only(kind, monkeypatch):
+    monkeypatch.setattr(solver, "_group_size", lambda images: None)  # as on a GPU
+    teacher, waits = Cells(), Waits()
+    images = pictures(teacher)
+    maps = teacher.maps(images) if kind == "maps" else None
+    parts = tuples(images, 2) | {"originals": teacher(images).detach()}
+    adam = torch.optim.Adam.step
+
+    def step(self):
+        waits.paused = True  # its own count of steps is on the CPU, wherever the masks are
+        adam(self)
+        waits.paused = False
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+
+    def asked(x: Tensor) -> Tensor:
+        waits.counts.append(0)
+        return teacher(x)
+
+    settings = SolverSettings(method="paper" if kind == "paper" else "fast", margin=1.0)
+    solve(images, asked, **parts, settings=settings, maps=maps)  # fills the caches of matrices
+    waits.counts.clear()
+    waits.counts.append(0)
+    with Reads(waits), waits:
+        solve(images, asked, **parts, settings=settings, maps=maps)
+    assert len(waits.counts) > 6
+    assert max(waits.counts[1:]) == 1
+    assert waits.counts[0] <= 1  # which pictures are mixed
