@@ -142,7 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         default="random",
         help="matched: pictures that the teacher's class maps say mix well",
     )
-    add("--mask-size", type=int, metavar="CELLS", help="a side; 8 up to 64 px, else 16")
+    add(
+        "--mask-size",
+        type=int,
+        metavar="CELLS",
+        help="a side; 16, or 8 for small pictures and the paper's methods, if left out",
+    )
     add("--count", type=int, help="mixes for each k; one for each picture, if left out")
     add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
     _output_options(command, out=None)

@@ -42,7 +42,7 @@ NEAR = -0.7  # margin from which a row is expected to pass its next check, in lo
 STEP_CLAMP = 6.0  # elementwise bound of a step, in mask logits
 START_STEPS, START_RATE, START_MARGIN = 60, 0.3, 2.0
 START_SIGMA = 3 / 16  # of the surrogate's masks, in mask sizes
-START_SPARSITY, START_KL = 20.0, 0.1  # weights of the surrogate's terms
+START_SPARSITY, START_KL = 20.0, 1.0  # weights of the surrogate's terms
 # The second start: how much of the surrogate's error is believed in, and the weight of staying near
 REVISION_STEPS, REVISION_TRUST, REVISION_STAY = 20, 0.85, 4.0
 

@@ -41,7 +41,7 @@ class SolverSettings:
     """
 
     method: MethodName = "fast"
-    mask_size: int | None = None  # w, cells a side; 8 up to 64 px, else 16
+    mask_size: int | None = None  # w, cells a side; 16, but the paper's methods 8 up to 64 px
     # of the gradient's blur, in cells; fast 0.5, paper mask_size / 8, newton-tv and sgd none
     sigma: float | None = None
     # L_s projected to (fast), below (k - 1) / k²; 0.074, 0.104, 0.124 for k of 2, 3, 4..6
@@ -85,7 +85,8 @@ class SolverSettings:
                 that masks of k images can not have.
         """
         short = min(size)
-        mask_size = self.mask_size or min(8 if short <= 64 else 16, short)
+        cells = 8 if self.method != "fast" and short <= 64 else 16
+        mask_size = self.mask_size or min(cells, short)
         if mask_size > short:
             raise ValueError(
                 f"mask_size: expected at most {short} cells for pictures of {size[0]} x {size[1]}, "

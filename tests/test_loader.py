@@ -105,7 +105,7 @@ def test_a_loader_hands_out_originals_mixes_and_labels_of_both(teacher, k):
         assert batch.labels.device == batch.mixed.device == batch.teacher.probs.device
         assert batch.sources.shape == batch.weights.shape == (4, k)
         assert batch.sources[:, 0].tolist() == [0, 1, 2, 3]
-        assert batch.mask_logits.shape == (4, k, 8, 8)
+        assert batch.mask_logits.shape == (4, k, 16, 16)
         assert batch.masks.shape == (4, k, 16, 16)
         assert batch.converged.all()
         assert_close(batch.teacher.probs, teacher(batch.images).softmax(dim=1))

@@ -1113,7 +1113,7 @@ def test_none_is_the_methods_own_value():
     assert SolverSettings(method="newton-tv").resolve(2, large)[:5] == (16, 0.0, 0.074, 0.0, 50)
     assert SolverSettings(method="sgd").resolve(2, large)[:5] == (16, 0.0, 0.074, 0.0, 300)
     assert (fast.resolve(2, large).min_share, fast.resolve(2, large).max_kl) == (0.0, float("inf"))
-    assert fast.resolve(3, (32, 32))[:3] == (8, 0.5, 0.104)
+    assert fast.resolve(3, (32, 32))[:3] == (16, 0.5, 0.104)
     assert paper.resolve(4, (32, 32))[:3] == (8, 1.0, 0.124)
     assert fast.resolve(2, small).mask_size == 7  # no more cells than pixels
     given = SolverSettings(mask_size=5, sigma=0.0, sparsity=0.2, margin=0.0, max_steps=0)
