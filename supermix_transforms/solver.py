@@ -18,6 +18,7 @@ from torch import Tensor
 
 from supermix_transforms.losses import kl_divergence, sparsity
 from supermix_transforms.masks import Normalisation, blend, render
+from supermix_transforms.memory import activation_bytes, footprint
 from supermix_transforms.methods import (
     METHODS,
     Logits,
@@ -36,7 +37,9 @@ from supermix_transforms.settings import Resolved, SolverSettings
 
 __all__ = ["SolverSettings", "margins", "newton_step", "solve"]
 
-ACTIVATIONS = 100  # bytes a teacher keeps for a backward, in float32 pictures; a ResNet-50's is 85
+# Float32 pictures that a teacher keeps for a backward, at most; a ResNet-50's are 143, an
+# EfficientNet-B7's 883. Where even so many fit, nothing is measured.
+MOST_ACTIVATIONS = 2000
 GROUP_VALUES = 4 * 3 * 224 * 224  # of pictures that share a graph on the CPU
 
 
@@ -83,8 +86,6 @@ def solve(
     targets = targets.scatter_add(1, wanted, weights.float())  # Eq. 2
     members = torch.zeros_like(targets, dtype=torch.bool).scatter(1, wanted, True)
     problem = Tuples(images, sources, weights.float(), targets, members)
-    chunk = max(1, resolved.memory // (4 * images[0].numel() * (k + ACTIVATIONS)))
-
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -97,6 +98,7 @@ def solve(
             cells = max(1, resolved.mask_size // 2)
             surrogate = Surrogate.of_pictures(images, originals, used, cells)
         parts = []
+        chunk = _chunk(problem, teacher, surrogate, resolved)
         for rows in torch.arange(len(sources), device=images.device).split(chunk):
             part = problem.rows(rows)
             z = method.start(part, surrogate, resolved)
@@ -259,6 +261,28 @@ def _judge(
     over = torch.where(some.found, some.polish <= 0, step >= settings.max_steps)
     best.close(some.rows, some.found, finite, step)
     return (finite & ~over).nonzero().flatten()
+
+
+def _chunk(
+    problem: Tuples, teacher: Logits, surrogate: Surrogate | None, settings: Resolved
+) -> int:
+    """How many tuples are searched at a time; a teacher is measured only where that may matter."""
+    images = problem.images
+    known = footprint(
+        images,
+        k=problem.sources.shape[1],
+        num_classes=problem.targets.shape[1],
+        mask_size=settings.mask_size,
+        coarse=problem.coarse,
+        map_cells=0 if surrogate is None else surrogate.shares[0, 0].numel(),
+        activations=4 * MOST_ACTIVATIONS * images[0].numel(),
+    )
+    size, count = _group_size(images), len(problem.sources)
+    if known.peak(count, size) > settings.memory:
+        image = images[0] / 255 if images.dtype == torch.uint8 else images[0]
+        measured = activation_bytes(teacher, image)
+        known = known._replace(graph=known.graph - known.activations + measured)
+    return known.rows_within(settings.memory, size)
 
 
 def _group_size(images: Tensor) -> int | None:

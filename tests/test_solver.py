@@ -813,9 +813,9 @@ def test_memory_is_a_bound_for_chunks_and_changes_nothing_else():
             method=method,
             originals=originals,
             max_steps=4,
-            memory=3 * 4 * images[0].numel() * 102,
+            memory=100_000,
         )
-        assert max(sizes) == 3
+        assert 2 < max(sizes) < len(images)  # 1 and 2 are what the teacher is measured with
         sizes.clear()
         but = ("forwards", "backwards")
         rows = torch.arange(len(images))
@@ -1039,8 +1039,8 @@ def test_dtype_channels_and_memory_format(method, channels, dtype):
     assert_close(again.float(), mixed.images.float(), atol=1e-3, rtol=0.01)
 
     last = images.contiguous(memory_format=torch.channels_last)
-    other = run(last, asked, method=method, max_steps=3)
-    same = run(images, asked, method=method, max_steps=3)
+    other = run(last, asked, method=method, max_steps=2)
+    same = run(images, asked, method=method, max_steps=2)
     assert_close(other.masks, same.masks, atol=5e-3, rtol=0)
 
 
