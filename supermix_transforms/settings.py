@@ -56,7 +56,8 @@ class SolverSettings:
     lambda_s: float = 25.0  # weight of L_s (all but fast)
     lambda_tv: float = 250.0  # weight of the roughness (newton-tv, sgd)
     lr: float = 0.1  # length of a step, in gradients (sgd)
-    memory: int | None = None  # bytes; tuples are solved in chunks that stay below it
+    # bytes that a search may allocate; tuples are searched in chunks that stay below it; 4 GiB
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(MethodName):
