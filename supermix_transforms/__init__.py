@@ -6,6 +6,7 @@ from supermix_transforms.losses import kd_loss, supermix_loss
 from supermix_transforms.masks import mix_images
 from supermix_transforms.mixing import supermix
 from supermix_transforms.results import ClassMaps, Mixed, Outcome, TeacherLabels
+from supermix_transforms.shards import ShardDataset, ShardSampler
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix
@@ -20,6 +21,8 @@ __all__ = [
     "MixUp",
     "Mixed",
     "Outcome",
+    "ShardDataset",
+    "ShardSampler",
     "SolverSettings",
     "SuperMix",
     "SuperMixCollate",

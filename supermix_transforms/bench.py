@@ -47,7 +47,7 @@ from supermix_transforms.contenders import (
     largest_limit,
     measure,
 )
-from supermix_transforms.demo import write_atomically
+from supermix_transforms.files import write_atomically
 from supermix_transforms.measured import Measured, backward_weight, wilson
 from supermix_transforms.mixing import check_k
 from supermix_transforms.plots import Bar, cost_bars, require_matplotlib

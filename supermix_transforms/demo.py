@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from supermix_transforms.files import write_atomically
 from supermix_transforms.inputs import identities
 from supermix_transforms.mixing import Draw
 from supermix_transforms.models import NamedTeacher, load_teacher
@@ -265,17 +265,6 @@ def print_summary(summary: MixSummary) -> None:
     console.print(table)
     for file in (summary.contact_sheet, summary.labels, f"{summary.out}{os.sep}k*.png"):
         console.print(file, soft_wrap=True, highlight=False, markup=False)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; replaces one of that name."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _batches(

@@ -16,7 +16,6 @@ from supermix_transforms.demo import (
     mix_pictures,
     named_labeler,
     print_summary,
-    write_atomically,
 )
 from supermix_transforms.models import NamedTeacher
 from supermix_transforms.solver import SolverSettings
@@ -218,18 +217,6 @@ def test_an_output_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="out: expected a folder, got the file"):
         mix(tmp_path / "file")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "a", b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
-        with pytest.raises(OSError, match="disk is full"):
-            write_atomically(tmp_path / "a", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
-    write_atomically(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_labels_of_an_earlier_run_do_not_outlive_its_pictures(tmp_path):

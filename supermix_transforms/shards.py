@@ -1,0 +1,278 @@
+"""Labelled pictures in WebDataset tars, as a map-style dataset for a plain DataLoader.
+
+    dataset = ShardDataset("train-{000000..001281}.tar", transform=transform)
+    sampler = ShardSampler(dataset)
+    loader = DataLoader(dataset, 256, sampler=sampler, num_workers=8, collate_fn=...)
+
+A sample is one read at a known offset (`tarindex`) and a decode by Pillow, in the worker. All that
+comes after is torch's and Accelerate's own: batches, ranks, resuming. Nothing but the picture and
+its label is decoded, so no pickle in a shard is ever opened.
+"""
+
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from supermix_transforms.pictures import read_picture
+from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_member
+
+__all__ = ["Labels", "ShardDataset", "ShardSampler", "find_shards"]
+
+LABELS = ("cls", "txt", "json")
+SHOWN = 5  # of the samples that are in order for an error, its message names so many
+
+Labels: TypeAlias = Sequence[str] | Callable[[dict[str, bytes]], Any] | None
+
+
+class ShardDataset(Dataset[tuple[Any, Any]]):
+    """Samples ``(picture, label)`` of WebDataset tars.
+
+    A sample's picture is its first member of jpg, jpeg, png, webp, made RGB and upright; its label
+    is read from ``cls`` (a class index), else ``txt`` (an index, or a name of `labels`), else
+    ``json`` (an index, or an object with it under "cls" or "label"). Keys are as webdataset reads
+    them.
+
+    Args:
+        urls: tars: a path, a brace pattern ``train-{000..127}.tar``, a folder (its ``*.tar``, in
+            the order of their names), or a list of these.
+        transform: of the picture, a PIL image; any torchvision v2 transform.
+        labels: class names in the order of their indices, for shards that hold names; or a function
+            of a sample's other members (suffix -> bytes) that returns its label.
+        on_error: ``"raise"``, or ``"skip"``: samples that can not be read are left out, counted in
+            `skipped` and named in a warning. Damage to a whole shard is always an error.
+
+    Attributes:
+        shards: the tars, in order.
+        lengths: samples of each.
+
+    Raises:
+        ValueError: for shards that are not there or not whole, and for samples without a picture or
+            label or with a key that occurs twice. For pictures and labels that can not be read,
+            when they are.
+    """
+
+    def __init__(
+        self,
+        urls: str | Path | Sequence[str | Path],
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        labels: Labels = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}.')
+        self.transform, self.labels, self.on_error = transform, labels, on_error
+        self.shards = find_shards(urls)
+        self._indices = [load_index(shard) for shard in self.shards]
+        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()  # by all workers
+        self._rows: list[np.ndarray] = []  # of each index, those that are samples
+        problems: list[str] = []
+        for shard, index in zip(self.shards, self._indices, strict=True):
+            found = self._problems(index)
+            problems += [
+                f"{index.keys[row]!r} in {shard.name} {what}" for row, what in found.items()
+            ]
+            self._rows.append(np.setdiff1d(np.arange(len(index)), list(found)))
+        if problems:
+            self._report(problems)
+        self.lengths = [len(rows) for rows in self._rows]
+        self._starts = np.cumsum([0, *self.lengths])
+        if len(self) == 0:
+            raise ValueError(
+                f"shards: expected samples, got none in {len(self.shards)} shards, "
+                f"first {str(self.shards[0])!r}. A sample has a picture ({', '.join(PICTURES)}) "
+                f"and a label ({', '.join(LABELS)}) of one key."
+            )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """The sample at `index`; negative ones count from the end."""
+        place = range(len(self))[index]
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        row = int(self._rows[number][place - self._starts[number]])
+        shard, known = self.shards[number], self._indices[number]
+        members = {
+            suffix: content
+            for suffix in known.places
+            if (suffix in (*PICTURES, *LABELS) or callable(self.labels))
+            and (content := read_member(shard, known, row, suffix)) is not None
+        }
+        name = f"{known.keys[row]} in {shard}"
+        suffix = next(suffix for suffix in PICTURES if suffix in members)
+        picture = read_picture(name, members.pop(suffix))
+        label = self._label(name, members)
+        return picture if self.transform is None else self.transform(picture), label
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The samples of a batch; with ``on_error="skip"`` those of them that can be read."""
+        if self.on_error == "raise":
+            return [self[index] for index in indices]
+        samples = []
+        for index in indices:
+            try:
+                samples.append(self[index])
+            except ValueError as error:
+                self._report([str(error)])
+        if not samples:
+            raise ValueError(
+                f"shards: expected a batch of {len(indices)} samples, got none that can be read. "
+                "Look at the warnings before this for the reasons."
+            )
+        return samples
+
+    @property
+    def skipped(self) -> int:
+        """Samples left out so far, in all workers."""
+        return int(self._skipped)
+
+    def _problems(self, index: ShardIndex) -> dict[int, str]:
+        """What is wrong with the samples of a shard, as far as its index tells."""
+
+        def has(suffixes: Sequence[str]) -> Any:
+            tables = [index.places[each][:, 0] >= 0 for each in suffixes if each in index.places]
+            return np.any(tables, axis=0) if tables else np.zeros(len(index), dtype=bool)
+
+        problems = {int(row): "has no picture" for row in np.flatnonzero(~has(PICTURES))}
+        if not callable(self.labels):
+            problems |= {int(row): "has no label" for row in np.flatnonzero(~has(LABELS))}
+        return dict(sorted((problems | dict.fromkeys(index.doubles, "is there twice")).items()))
+
+    def _report(self, problems: list[str]) -> None:
+        """Raise, or count and warn."""
+        shown = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
+        if self.on_error == "raise":
+            raise ValueError(
+                f"shards: expected a picture ({', '.join(PICTURES)}) and a label "
+                f"({', '.join(LABELS)}) for each key, got {len(problems)} without: {shown}. Mend "
+                'the shards, pass labels=, or on_error="skip" to leave these out.'
+            )
+        self._skipped += len(problems)
+        warnings.warn(f"{len(problems)} samples skipped: {shown}", stacklevel=3)
+
+    def _label(self, name: str, members: dict[str, bytes]) -> Any:
+        if callable(self.labels):
+            return self.labels(members)
+        suffix = next(suffix for suffix in LABELS if suffix in members)
+        text = members[suffix].decode("utf-8", "replace").strip()
+        value: Any = text
+        if suffix == "json":
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                value = text
+            if isinstance(value, dict):
+                value = value.get("cls", value.get("label", text))
+        if self.labels is not None and value in self.labels:
+            return list(self.labels).index(value)
+        try:
+            return int(str(value))  # neither 1.5 nor True
+        except ValueError:
+            raise ValueError(
+                f"shards: expected a class index as the label of {name}, got {text[:60]!r} in its "
+                f"{suffix}. Pass the class names as labels=, or a function that reads it."
+            ) from None
+
+
+class ShardSampler(Sampler[int]):
+    """One order of all samples for each epoch, in which neighbours lie in few shards.
+
+    Shards are permuted, and samples are shuffled among `window` shards at a time, so that reads
+    stay local. The order depends on (seed, epoch) alone. Accelerate splits it among ranks and calls
+    `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in torch's
+    ``DistributedSampler``: each rank takes every so-manieth sample, and the first ones once more
+    where they do not come out even.
+
+    Args:
+        dataset: the samples.
+        seed: of the order.
+        window: shards that are shuffled together, at least 1.
+        shuffle: without it samples come in the order of the shards.
+        rank, num_replicas: of plain distributed training; both or none.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        seed: int = 0,
+        window: int = 16,
+        shuffle: bool = True,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"window: expected at least 1 shard, got {window}.")
+        if (rank is None) != (num_replicas is None):
+            raise ValueError(
+                f"rank, num_replicas: expected both or none, got {rank} and {num_replicas}."
+            )
+        if rank is not None and num_replicas is not None and not 0 <= rank < num_replicas:
+            raise ValueError(f"rank: expected 0..{num_replicas - 1}, got {rank}.")
+        self.lengths = dataset.lengths
+        self.seed, self.window, self.shuffle = seed, window, shuffle
+        self.rank, self.num_replicas = rank or 0, num_replicas or 1
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-sum(self.lengths) // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        total = len(self) * self.num_replicas
+        order = itertools.islice(itertools.cycle(self._order()), total) if total else iter(())
+        return itertools.islice(order, self.rank, None, self.num_replicas)
+
+    def _order(self) -> Iterator[int]:
+        if not self.shuffle:
+            yield from range(sum(self.lengths))
+            return
+        random = np.random.default_rng([self.seed, self.epoch])
+        starts = np.cumsum([0, *self.lengths])
+        shards = random.permutation(len(self.lengths))
+        for first in range(0, len(shards), self.window):
+            some = shards[first : first + self.window]
+            samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in some])
+            yield from random.permutation(samples).tolist()
+
+
+def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The tars that a path, a brace pattern, a folder, or a list of these stands for.
+
+    Raises:
+        ValueError: for folders without a tar, none at all, one twice, or an address elsewhere.
+    """
+    from braceexpand import braceexpand
+
+    shards: list[Path] = []
+    for url in [urls] if isinstance(urls, (str, Path)) else urls:
+        for each in braceexpand(url) if isinstance(url, str) and "{" in url else [url]:
+            if isinstance(each, str) and re.match(r"\w\w+:", each):
+                raise ValueError(
+                    f"shards: expected paths of this machine, got {each!r}. Copy the shards here."
+                )
+            path = Path(each)
+            found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+            if not found:
+                raise ValueError(f"shards: expected *.tar in {str(path)!r}, got none.")
+            shards += found
+    if not shards:
+        raise ValueError("shards: expected at least one tar, got an empty list.")
+    if len(set(shards)) < len(shards):
+        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
+        raise ValueError(f"shards: expected each tar once, got {str(twice)!r} twice.")
+    return shards

@@ -1,0 +1,241 @@
+"""Where each sample of a WebDataset tar lies: one strict reading of it, kept in a file beside it.
+
+Readers of a tar stream are silent where it is damaged: at a header that is cut or wrong they stop,
+as if the archive ended there. Here a tar is whole, up to the zeros at its end, or it is an error.
+
+Names are read as webdataset reads them: the key ends at the first dot of the base name, the suffix
+is lower-cased, neighbours of one key are a sample. Nothing but headers is looked at.
+
+The file beside a shard, ``NAME.tar.index``, is believed only if its checksum holds and the shard
+has the size and the time of change that it states; else it is made anew.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from supermix_transforms.files import write_atomically
+
+__all__ = ["PICTURES", "ShardIndex", "index_path", "load_index", "make_index", "read_member"]
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+BLOCK = tarfile.BLOCKSIZE
+FORMAT, VERSION = "supermix-index", 1
+SKIPPED_NAMES = re.compile(r"__[^/]*__($|/)")  # metadata, to webdataset
+MOST_MEMBER_BYTES = 1 << 30
+
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The samples of a shard of `size` bytes, changed last at `time` (ns)."""
+
+    size: int
+    time: int
+    sha256: str
+    keys: tuple[str, ...]
+    doubles: tuple[int, ...]  # samples whose key was there before, or that have a suffix twice
+    places: dict[str, Places]  # of each suffix: (n, 2) offset and bytes; -1 where a sample has none
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.index")
+
+
+def load_index(shard: Path) -> ShardIndex:
+    """The index of a shard, from the file beside it, or made anew and written there.
+
+    A folder that can not be written to is no error: there is a warning, and the index is kept in
+    memory.
+
+    Raises:
+        ValueError: if the shard is not there, is no whole tar, or changes while it is read.
+    """
+    index = _read(shard)
+    if index is None:
+        index = make_index(shard)
+        _write(shard, index)
+    return index
+
+
+def make_index(shard: Path) -> ShardIndex:
+    """Read a shard from its first to its last byte.
+
+    Raises:
+        ValueError: as `load_index`.
+    """
+    try:
+        with shard.open("rb") as file:
+            before = os.fstat(file.fileno())
+            members = list(_members(shard, file, before.st_size))
+            file.seek(0)
+            sha256 = hashlib.sha256()
+            while block := file.read(1 << 20):
+                sha256.update(block)
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"shards: expected a tar file, got {str(shard)!r}: {error.strerror}. Check the path."
+        ) from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(
+            f"shards: expected a finished tar file, got {str(shard)!r}, which changes while it is "
+            "read. Wait until it is written."
+        )
+    keys: list[str] = []
+    seen: dict[str, int] = {}
+    doubles: set[int] = set()
+    rows: dict[str, dict[int, tuple[int, int]]] = {}  # suffix: row: offset, bytes
+    for key, suffix, offset, size in members:
+        if not keys or key != keys[-1]:
+            keys.append(key)
+            if seen.setdefault(key, len(keys) - 1) < len(keys) - 1:
+                doubles.add(len(keys) - 1)
+        found = rows.setdefault(suffix, {})
+        if len(keys) - 1 in found:
+            doubles.add(len(keys) - 1)
+        found[len(keys) - 1] = offset, size
+    places = {suffix: np.full((len(keys), 2), -1, dtype=np.int64) for suffix in rows}
+    for suffix, found in rows.items():
+        places[suffix][list(found)] = list(found.values())
+    return ShardIndex(
+        after.st_size,
+        after.st_mtime_ns,
+        sha256.hexdigest(),
+        tuple(keys),
+        tuple(sorted(doubles)),
+        places,
+    )
+
+
+def _members(shard: Path, file: Any, size: int) -> Iterator[tuple[str, str, int, int]]:
+    """Key, suffix, offset and bytes of each regular file of a tar that is checked to its end."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # they would all be kept
+                place = _key_and_suffix(member)
+                if place is not None:
+                    yield *place, member.offset_data, member.size
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"shards: expected a whole uncompressed tar file, got {str(shard)!r}: {error}. Copy it "
+            "again, or unpack it (gunzip)."
+        ) from error
+    file.seek(end)
+    tail = file.read(10 * tarfile.RECORDSIZE)
+    while tail and not tail.strip(b"\0"):
+        tail = file.read(10 * tarfile.RECORDSIZE)
+    if tail or size < end + 2 * BLOCK:
+        raise ValueError(
+            f"shards: expected a whole tar file, got {str(shard)!r} of {size} bytes, in which "
+            f"{'no header follows' if tail else 'the end is missing'} at byte {end}. Samples after "
+            "that would be lost. Copy the file again."
+        )
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """What webdataset makes of a member's name; None for what it leaves out."""
+    from webdataset.tariterators import base_plus_ext
+
+    if not member.isreg() or SKIPPED_NAMES.match(member.name):
+        return None
+    key, suffix = base_plus_ext(member.name)
+    return None if key is None else (key, suffix.lower())
+
+
+def read_member(shard: Path, index: ShardIndex, row: int, suffix: str) -> bytes | None:
+    """The content of a sample's member, or None if it has none of that suffix.
+
+    Its header is read with it and must be what the index says.
+
+    Raises:
+        ValueError: if the shard is not the one that was indexed any more.
+    """
+    offset, size = index.places[suffix][row].tolist() if suffix in index.places else (-1, -1)
+    if offset < 0:
+        return None
+    name = f"{index.keys[row]}.{suffix}"
+    if size > MOST_MEMBER_BYTES:
+        raise ValueError(
+            f"shards: expected members of at most {MOST_MEMBER_BYTES} bytes, got {name!r} of "
+            f"{size} in {str(shard)!r}. Write smaller pictures."
+        )
+    problem = None
+    try:
+        with shard.open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)
+        header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
+        if header.size != size:
+            problem = f"a member of {header.size} bytes where {size} were"
+        elif len(content) != BLOCK + size:
+            problem = "its end before the member's"
+    except (OSError, tarfile.TarError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise ValueError(
+            f"shards: expected {name!r} at byte {offset} of {str(shard)!r}, got {problem}. The "
+            "file has changed since it was opened; start again, and its index is made anew."
+        )
+    return content[BLOCK:]
+
+
+# -- the file beside a shard -----------------------------------------------------------------------
+
+
+def _read(shard: Path) -> ShardIndex | None:
+    """The index beside a shard, or None if there is none that can be believed."""
+    try:
+        first, body = index_path(shard).read_bytes().split(b"\n", 1)
+        if first.decode() != _first_line(body):
+            return None
+        fields = json.loads(body)
+        keys, doubles = tuple(fields["keys"]), tuple(fields["doubles"])
+        places = {
+            suffix: np.array(table, dtype=np.int64).reshape(len(keys), 2)
+            for suffix, table in fields["places"].items()
+        }
+        index = ShardIndex(fields["size"], fields["time"], fields["sha256"], keys, doubles, places)
+        status = shard.stat()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return index if (index.size, index.time) == (status.st_size, status.st_mtime_ns) else None
+
+
+def _write(shard: Path, index: ShardIndex) -> None:
+    fields = {
+        "size": index.size,
+        "time": index.time,
+        "sha256": index.sha256,
+        "keys": index.keys,
+        "doubles": index.doubles,
+        "places": {suffix: table.tolist() for suffix, table in index.places.items()},
+    }
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    try:
+        write_atomically(index_path(shard), _first_line(body).encode() + b"\n" + body)
+    except OSError as error:
+        warnings.warn(
+            f"the index of {str(shard)!r} could not be written beside it ({error.strerror}); it is "
+            "made anew by each process. Run `supermix index` where the folder can be written to.",
+            stacklevel=4,
+        )
+
+
+def _first_line(body: bytes) -> str:
+    return f"{FORMAT} {VERSION} {hashlib.sha256(body).hexdigest()}"

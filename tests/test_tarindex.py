@@ -1,0 +1,153 @@
+"""The index of a tar: what webdataset sees, and no damage that it would not see."""
+
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tars import picture, samples, write_tar
+
+from supermix_transforms.tarindex import index_path, load_index, make_index, read_member
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_tar(tmp_path / "a.tar", samples(0, 4))
+
+
+def contents(shard, index):
+    """Everything the index leads to: [{key, suffix: content}]."""
+    rows = []
+    for row, key in enumerate(index.keys):
+        found = {suffix: read_member(shard, index, row, suffix) for suffix in index.places}
+        rows.append({"__key__": key} | {s: c for s, c in found.items() if c is not None})
+    return rows
+
+
+def as_webdataset_reads(shard):
+    dataset = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+    keep = ("__url__", "__local_path__")
+    return [{key: value for key, value in row.items() if key not in keep} for row in dataset]
+
+
+def test_samples_are_those_of_webdataset(tmp_path):
+    names = ["n01.a.v2_1.JPEG", "d.d/x.jpg", "d.d/x.CLS", "./y.cls", "y.cls", "images/x.jpg"]
+    names += ["labels/x.cls", "nodot", ".hidden.jpg", "d/.hid.jpg", "__meta__", "__info__/a.jpg"]
+    names += ["__index__.json", "long" * 60 + ".jpg", "ü.cls"]
+    shard = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
+    with tarfile.open(shard, "a") as tar:
+        folder, link = tarfile.TarInfo("dir.jpg"), tarfile.TarInfo("link.jpg")
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "d.d/x.jpg"
+        tar.addfile(folder)
+        tar.addfile(link)
+    index = make_index(shard)
+    assert contents(shard, index) == as_webdataset_reads(shard)
+    assert len(index) == 10
+
+
+def test_keys_that_occur_twice_are_told(tmp_path):
+    twins = [("a.jpg", b"1"), ("a.JPG", b"2"), ("b.jpg", b"3"), ("a.cls", b"4"), ("c.jpg", b"5")]
+    index = make_index(write_tar(tmp_path / "a.tar", twins))
+    assert index.keys == ("a", "b", "a", "c")
+    assert index.doubles == (0, 2)
+
+
+def test_a_tar_that_is_cut_anywhere_is_an_error(shard, tmp_path):
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    cuts = {0, 1, 100, 511, 512, *range(512, end + 1024, 256), *range(700, end, 611)}
+    for cut in cuts:
+        torn = tmp_path / "torn.tar"
+        torn.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"shards: expected a whole .*tar file, got '.*torn"):
+            make_index(torn)
+    torn.write_bytes(whole[: end + 1024])  # the padding after the end-of-archive blocks may go
+    assert len(make_index(torn)) == 4
+
+
+@pytest.mark.parametrize("how", ["zeroed", "checksum"])
+def test_a_header_that_is_damaged_is_an_error(shard, how):
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[3].offset
+    content[header : header + 512] = (
+        bytes(512) if how == "zeroed" else b"x" + content[header + 1 : header + 512]
+    )
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"no header follows at byte {header}"):
+        make_index(shard)
+
+
+def test_what_is_no_tar_is_an_error(tmp_path):
+    packed = tmp_path / "a.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ValueError, match="expected a whole uncompressed tar"):
+        make_index(packed)
+    with pytest.raises(ValueError, match=r"got '.*missing.tar': No such file"):
+        make_index(tmp_path / "missing.tar")
+
+
+# -- the file beside it ----------------------------------------------------------------------------
+
+
+def test_an_index_is_read_again_and_equal(shard, monkeypatch):
+    first = load_index(shard)
+    monkeypatch.setattr("supermix_transforms.tarindex.make_index", None)
+    again = load_index(shard)
+    for name, value in vars(first).items():
+        if name == "places":
+            assert all(np.array_equal(again.places[each], value[each]) for each in value)
+        else:
+            assert getattr(again, name) == value
+
+
+def test_an_index_of_another_shard_is_made_anew(shard, tmp_path):
+    load_index(shard)
+    other = write_tar(tmp_path / "b.tar", samples(10, 4))
+    shutil.copyfile(other, shard)  # of the same size
+    assert load_index(shard).keys[0] == "0010"
+    write_tar(shard, samples(0, 3))
+    assert len(load_index(shard)) == 3
+
+
+def test_a_shard_that_changes_under_its_index_is_an_error(shard, tmp_path):
+    index = load_index(shard)
+    write_tar(shard, [("x.png", picture(9)), *samples(0, 4)])
+    with pytest.raises(ValueError, match=r"expected '0001.png' at byte .* has changed"):
+        read_member(shard, index, 1, "png")
+    shard.write_bytes(shard.read_bytes()[:1024])
+    with pytest.raises(ValueError, match="has changed"):
+        read_member(shard, index, 1, "png")
+    shard.unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        read_member(shard, index, 1, "png")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_an_index_with_any_byte_changed_or_cut_is_made_anew(shard, data):
+    load_index(shard)
+    path = index_path(shard)
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        path.write_bytes(whole[:place])
+    else:
+        changed = whole[place] ^ data.draw(st.integers(1, 255))
+        path.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
+    assert load_index(shard).keys == ("0000", "0001", "0002", "0003")
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_is_no_error(shard, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("supermix_transforms.tarindex.write_atomically", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert len(load_index(shard)) == 4
