@@ -20,6 +20,7 @@ from supermix_transforms.demo import (
 )
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
+from supermix_transforms.shards import IndexSummary, index_shards, print_index
 from supermix_transforms.solver import SolverSettings
 
 DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
@@ -35,6 +36,12 @@ example:
 
 Without --images and --teacher it takes the demo's. --out gets bench.json and bench.png."""
 
+INDEX_EXAMPLE = """\
+example:
+  supermix index --shards 'imagenet/train-{0000..1281}.tar'
+
+Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 2 for an error, 130 when interrupted."""
@@ -42,13 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What a teacher's own code prints must not get into the JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            result: MixSummary | BenchReport = arguments.run(arguments)
+            result = arguments.run(arguments)
         if arguments.json:
             print(json.dumps(asdict(result)))
-        elif isinstance(result, BenchReport):
-            print_report(result)
         else:
-            print_summary(result)
+            arguments.show(result)
     except (ValueError, ImportError, OSError) as error:
         print(f"supermix: error: {error}", file=sys.stderr)
         return 2
@@ -112,6 +117,10 @@ def _bench(arguments: argparse.Namespace) -> BenchReport:
     )
 
 
+def _index(arguments: argparse.Namespace) -> IndexSummary:
+    return index_shards(arguments.shards)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="supermix", description="Mix images under a teacher's supervision (SuperMix)."
@@ -126,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         "mix pictures inside packages with a teacher inside a package; no download",
         DEMO_EXAMPLE,
     )
-    command.set_defaults(run=_demo)
+    command.set_defaults(run=_demo, show=print_summary)
     _output_options(command, out="supermix-demo")
 
     command = _command(commands, "mix", "mix your own pictures with your own teacher", MIX_EXAMPLE)
-    command.set_defaults(run=_mix)
+    command.set_defaults(run=_mix, show=print_summary)
     _teacher_options(command, required=True)
     add = command.add_argument
     add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
@@ -158,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare methods of mixing: how many mixes converge, and what one costs",
         BENCH_EXAMPLE,
     )
-    command.set_defaults(run=_bench)
+    command.set_defaults(run=_bench, show=print_report)
     _teacher_options(command, required=False)
     add = command.add_argument
     add("--k", type=int, default=2, help="pictures a mix")
@@ -168,6 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=10, help="tuples at most that are mixed at a time")
     add("--repeats", type=int, default=3, help="how often each method is timed")
     _output_options(command, out="supermix-bench")
+
+    command = _command(
+        commands, "index", "note where each sample of WebDataset tars lies", INDEX_EXAMPLE
+    )
+    command.set_defaults(run=_index, show=print_index)
+    command.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        metavar="TAR|DIR",
+        help="tars, folders of them, or patterns such as train-{000..127}.tar",
+    )
+    _json_option(command)
     return parser
 
 
@@ -223,7 +245,13 @@ def _output_options(command: argparse.ArgumentParser, out: str | None) -> None:
     add = command.add_argument
     add("--out", required=out is None, default=out, metavar="DIR", help="made if it is not there")
     add("--seed", type=int, default=0, help="of all random choices")
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    _json_option(command)
+
+
+def _json_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +25,16 @@ from torch.utils.data import Dataset, Sampler
 from supermix_transforms.pictures import read_picture
 from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_member
 
-__all__ = ["Labels", "ShardDataset", "ShardSampler", "find_shards"]
+__all__ = [
+    "IndexSummary",
+    "Labels",
+    "ShardDataset",
+    "ShardSampler",
+    "ShardSummary",
+    "find_shards",
+    "index_shards",
+    "print_index",
+]
 
 LABELS = ("cls", "txt", "json")
 SHOWN = 5  # of the samples that are in order for an error, its message names so many
@@ -276,3 +286,97 @@ def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path]:
         twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
         raise ValueError(f"shards: expected each tar once, got {str(twice)!r} twice.")
     return shards
+
+
+# -- indexing ahead of time ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a shard holds."""
+
+    shard: str
+    bytes: int
+    samples: int
+    members: dict[str, int]  # samples that have a member of this suffix
+    doubles: int  # samples whose key was there before, or that have a suffix twice
+    sha256: str
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What `index_shards` found."""
+
+    shards: tuple[ShardSummary, ...]
+    samples: int
+    bytes: int
+
+
+def index_shards(urls: str | Path | Sequence[str | Path]) -> IndexSummary:
+    """Write the index of each shard beside it, where it is not there yet or not up to date.
+
+    Every shard that needs one is read from its first to its last byte; progress is shown on a
+    terminal.
+
+    Args:
+        urls: as for `ShardDataset`.
+
+    Raises:
+        ValueError: for shards that are not there or not whole.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    shards = find_shards(urls)
+    sizes = [shard.stat().st_size if shard.exists() else 0 for shard in shards]
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    rows = []
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(sizes))
+        for shard, size in zip(shards, sizes, strict=True):
+            progress.update(task, description=shard.name)
+            index = load_index(shard)
+            members = {suffix: int((at[:, 0] >= 0).sum()) for suffix, at in index.places.items()}
+            rows.append(
+                ShardSummary(
+                    str(shard), index.size, len(index), members, len(index.doubles), index.sha256
+                )
+            )
+            progress.advance(task, size)
+    return IndexSummary(
+        tuple(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows)
+    )
+
+
+def print_index(summary: IndexSummary) -> None:
+    """A line for each shard on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table.add_column("shard", f"{len(summary.shards)} shards", overflow="fold")
+    table.add_column("samples", f"{summary.samples:,}", justify="right")
+    table.add_column("size", decimal(summary.bytes), justify="right")
+    table.add_column("members")
+    table.add_column("doubles", justify="right")
+    for row in summary.shards:
+        members = ", ".join(f"{suffix} {count:,}" for suffix, count in row.members.items())
+        size = decimal(row.bytes)
+        table.add_row(row.shard, f"{row.samples:,}", size, members, str(row.doubles or ""))
+    Console().print(table)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tars import write_shards
 
 from supermix_transforms import __version__
 from supermix_transforms.bench import bench as bench_function
 from supermix_transforms.cli import main
 from supermix_transforms.demo import DEMO_FILES
+from supermix_transforms.tarindex import index_path
 
 ROOT = Path(__file__).parents[1]
 TEACHER = """
@@ -369,3 +371,19 @@ def test_as_a_process(folder):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"][0]["mixes"] == 5
     assert done.stderr == "a chatty teacher\n"
+
+
+def test_index_says_what_shards_hold(tmp_path, capsys):
+    shards = write_shards(tmp_path, [3, 5])
+    assert main(["index", "--shards", f"{tmp_path}/part-{{0,1}}.tar", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 8
+    assert found["bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert [row["members"] for row in found["shards"]] == [{"cls": n, "png": n} for n in (3, 5)]
+    assert all(index_path(shard).is_file() for shard in shards)
+
+    assert main(["index", "--shards", str(tmp_path)]) == 0
+    assert "2 shards" in capsys.readouterr().out
+    shards[1].write_bytes(shards[1].read_bytes()[:3000])
+    assert main(["index", "--shards", str(tmp_path)]) == 2
+    assert "expected a whole uncompressed tar file" in capsys.readouterr().err
