@@ -1,0 +1,72 @@
+"""What each rank does with shards; test_shard_ranks.py starts it and judges what it writes.
+
+torchrun --nproc-per-node N tests/shard_script.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from colours import colour_teacher
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from supermix_transforms import ShardDataset, ShardSampler, SuperMixCollate
+
+BATCH, SEED, RESUMED_EPOCH, RESUMED_AT = 4, 3, 1, 1
+
+
+def facts(batch) -> dict:
+    """Which pictures (each has its own shade), how they are drawn, and what comes out."""
+    return {
+        "shades": batch.images[:, 0, 0, 0].tolist(),
+        "labels": batch.labels.tolist(),
+        "sources": batch.sources.tolist(),
+        "weights": batch.weights.tolist(),
+        "mixed": batch.mixed.flatten(1).double().sum(dim=1).tolist(),
+    }
+
+
+def make_loader(dataset: ShardDataset, workers: int) -> tuple[SuperMixCollate, DataLoader]:
+    collate = SuperMixCollate(colour_teacher(), seed=SEED)
+    sampler = ShardSampler(dataset, seed=SEED, window=2)
+    return collate, DataLoader(
+        dataset, BATCH, sampler=sampler, num_workers=workers, collate_fn=collate
+    )
+
+
+def read(accelerator: Accelerator, folder: Path, workers: int) -> dict:
+    dataset = ShardDataset(folder, transform=v2.ToImage())
+    collate, loader = make_loader(dataset, workers)
+    loader = accelerator.prepare(loader)
+    epochs = []
+    for epoch in range(2):
+        collate.set_epoch(epoch)
+        epochs.append([facts(batch) for batch in loader])
+
+    # another process would begin like this, in the middle of an epoch
+    collate, loader = make_loader(dataset, workers)
+    loader = accelerator.prepare(loader)
+    loader.set_epoch(RESUMED_EPOCH)
+    collate.set_epoch(RESUMED_EPOCH)
+    resumed = [facts(batch) for batch in skip_first_batches(loader, RESUMED_AT)]
+
+    seen = []
+    for images, labels in accelerator.prepare(DataLoader(dataset, BATCH, num_workers=workers)):
+        shades, labels = accelerator.gather_for_metrics((images[:, 0, 0, 0], labels))
+        seen += zip(shades.tolist(), labels.tolist(), strict=True)
+    return {"epochs": epochs, "resumed": resumed, "evaluated": seen}
+
+
+def main(folder: Path) -> None:
+    set_seed(0)  # the same global generators on all ranks
+    accelerator = Accelerator(cpu=True)
+    results = {workers: read(accelerator, folder, workers) for workers in (0, 2)}
+    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
