@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from supermix_transforms.cache import cached_path, fetch, published_index
 from supermix_transforms.pictures import read_picture
 from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_member
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 LABELS = ("cls", "txt", "json")
+ELSEWHERE = re.compile(r"\w\w+:")  # a scheme, and no drive of Windows
 SHOWN = 5  # of the samples that are in order for an error, its message names so many
 
 Labels: TypeAlias = Sequence[str] | Callable[[dict[str, bytes]], Any] | None
@@ -52,8 +54,12 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
 
     Args:
         urls: tars: a path, a brace pattern ``train-{000..127}.tar``, a folder (its ``*.tar``, in
-            the order of their names), or a list of these.
+            the order of their names), an address of any scheme of ``webdataset.gopen`` (``https:``,
+            ``hf:``, ``gs:``; ``pipe:`` runs its command), or a list of these.
         transform: of the picture, a PIL image; any torchvision v2 transform.
+        cache_dir: where shards from elsewhere are copied, each whole when it is first needed: at
+            once if there is no index beside it (``URL.index``, of `supermix index`), else when one
+            of its samples is read. Shared by all processes.
         labels: class names in the order of their indices, for shards that hold names; or a function
             of a sample's other members (suffix -> bytes) that returns its label.
         on_error: ``"raise"``, or ``"skip"``: samples that can not be read are left out, counted in
@@ -75,13 +81,22 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         *,
         transform: Callable[[Any], Any] | None = None,
         labels: Labels = None,
+        cache_dir: str | Path | None = None,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}.')
         self.transform, self.labels, self.on_error = transform, labels, on_error
-        self.shards = find_shards(urls)
-        self._indices = [load_index(shard) for shard in self.shards]
+        self.shards: list[Path] = []
+        self._indices: list[ShardIndex] = []
+        self._urls: dict[Path, str] = {}  # of copies
+        for shard in find_shards(urls):
+            if isinstance(shard, Path):
+                path, index = shard, load_index(shard)
+            else:
+                path, index = self._elsewhere(shard, cache_dir)
+            self.shards.append(path)
+            self._indices.append(index)
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()  # by all workers
         self._rows: list[np.ndarray] = []  # of each index, those that are samples
         problems: list[str] = []
@@ -111,6 +126,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         row = int(self._rows[number][place - self._starts[number]])
         shard, known = self.shards[number], self._indices[number]
+        if shard in self._urls and not shard.exists():
+            fetch(self._urls[shard], shard, sha256=known.sha256)
         members = {
             suffix: content
             for suffix in known.places
@@ -144,6 +161,22 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
     def skipped(self) -> int:
         """Samples left out so far, in all workers."""
         return int(self._skipped)
+
+    def _elsewhere(self, url: str, cache_dir: str | Path | None) -> tuple[Path, ShardIndex]:
+        """Where the copy of a shard is, or will be, and the shard's index."""
+        if cache_dir is None:
+            raise ValueError(
+                f"cache_dir: expected a folder for copies of shards from elsewhere, got None and "
+                f"{url!r}. Pass one with room for them."
+            )
+        path = cached_path(url, Path(cache_dir))
+        self._urls[path] = url
+        if not path.exists():
+            index = published_index(url)
+            if index is not None:
+                return path, index
+            fetch(url, path)
+        return path, load_index(path)
 
     def _problems(self, index: ShardIndex) -> dict[int, str]:
         """What is wrong with the samples of a shard, as far as its index tells."""
@@ -260,21 +293,22 @@ class ShardSampler(Sampler[int]):
             yield from random.permutation(samples).tolist()
 
 
-def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path]:
+def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path | str]:
     """The tars that a path, a brace pattern, a folder, or a list of these stands for.
 
+    Addresses elsewhere stay strings.
+
     Raises:
-        ValueError: for folders without a tar, none at all, one twice, or an address elsewhere.
+        ValueError: for folders without a tar, none at all, or one twice.
     """
     from braceexpand import braceexpand
 
-    shards: list[Path] = []
+    shards: list[Path | str] = []
     for url in [urls] if isinstance(urls, (str, Path)) else urls:
         for each in braceexpand(url) if isinstance(url, str) and "{" in url else [url]:
-            if isinstance(each, str) and re.match(r"\w\w+:", each):
-                raise ValueError(
-                    f"shards: expected paths of this machine, got {each!r}. Copy the shards here."
-                )
+            if isinstance(each, str) and ELSEWHERE.match(each):
+                shards.append(each)
+                continue
             path = Path(each)
             found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
             if not found:
@@ -334,7 +368,11 @@ def index_shards(urls: str | Path | Sequence[str | Path]) -> IndexSummary:
         TransferSpeedColumn,
     )
 
-    shards = find_shards(urls)
+    shards: list[Path] = []
+    for shard in find_shards(urls):
+        if not isinstance(shard, Path):
+            raise ValueError(f"shards: expected files, got {shard!r}. Index them where they are.")
+        shards.append(shard)
     sizes = [shard.stat().st_size if shard.exists() else 0 for shard in shards]
     console = Console(stderr=True)
     columns = (

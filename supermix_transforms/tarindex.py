@@ -26,7 +26,16 @@ import numpy.typing as npt
 
 from supermix_transforms.files import write_atomically
 
-__all__ = ["PICTURES", "ShardIndex", "index_path", "load_index", "make_index", "read_member"]
+__all__ = [
+    "PICTURES",
+    "ShardIndex",
+    "index_path",
+    "load_index",
+    "make_index",
+    "parse_index",
+    "read_member",
+    "write_index",
+]
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = tarfile.BLOCKSIZE
@@ -68,7 +77,7 @@ def load_index(shard: Path) -> ShardIndex:
     index = _read(shard)
     if index is None:
         index = make_index(shard)
-        _write(shard, index)
+        write_index(shard, index)
     return index
 
 
@@ -201,7 +210,18 @@ def read_member(shard: Path, index: ShardIndex, row: int, suffix: str) -> bytes 
 def _read(shard: Path) -> ShardIndex | None:
     """The index beside a shard, or None if there is none that can be believed."""
     try:
-        first, body = index_path(shard).read_bytes().split(b"\n", 1)
+        index, status = parse_index(index_path(shard).read_bytes()), shard.stat()
+    except OSError:
+        return None
+    if index is None or (index.size, index.time) != (status.st_size, status.st_mtime_ns):
+        return None
+    return index
+
+
+def parse_index(content: bytes) -> ShardIndex | None:
+    """An index from a file's content; None if that is not as it was written."""
+    try:
+        first, body = content.split(b"\n", 1)
         if first.decode() != _first_line(body):
             return None
         fields = json.loads(body)
@@ -210,14 +230,13 @@ def _read(shard: Path) -> ShardIndex | None:
             suffix: np.array(table, dtype=np.int64).reshape(len(keys), 2)
             for suffix, table in fields["places"].items()
         }
-        index = ShardIndex(fields["size"], fields["time"], fields["sha256"], keys, doubles, places)
-        status = shard.stat()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ShardIndex(fields["size"], fields["time"], fields["sha256"], keys, doubles, places)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return index if (index.size, index.time) == (status.st_size, status.st_mtime_ns) else None
 
 
-def _write(shard: Path, index: ShardIndex) -> None:
+def write_index(shard: Path, index: ShardIndex) -> None:
+    """Write an index beside its shard; a warning where that can not be done."""
     fields = {
         "size": index.size,
         "time": index.time,

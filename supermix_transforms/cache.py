@@ -1,0 +1,105 @@
+"""Shards from elsewhere, copied whole into a folder on first use.
+
+A copy is read to its end and, where its index lies beside the original (``URL.index``), compared
+with the sha256 in that, before it gets its name: a file in the folder is a whole shard. All
+processes of a machine share the folder; of those that want the same shard at once, one copies and
+the others wait.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from supermix_transforms.tarindex import ShardIndex, make_index, parse_index, write_index
+
+__all__ = ["cached_path", "fetch", "published_index"]
+
+BLOCK = 1 << 20
+MOST_BYTES = 1 << 36  # of a shard; a stream without end would fill the disk
+MOST_INDEX_BYTES = 1 << 28
+
+
+def cached_path(url: str, cache_dir: Path) -> Path:
+    """Where the copy of a shard is, or will be."""
+    name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rpartition("/")[2])[-80:]
+    return cache_dir / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+
+
+def published_index(url: str) -> ShardIndex | None:
+    """The index beside a shard elsewhere, or None if there is none that can be believed."""
+    try:
+        with _opened(f"{url}.index") as stream:
+            content = b"".join(_blocks(stream, MOST_INDEX_BYTES))
+    except (OSError, ValueError):
+        return None
+    return parse_index(content)
+
+
+def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
+    """Copy a shard to `target`, unless it is there.
+
+    Args:
+        url: of any scheme that ``webdataset.gopen`` knows: http, https, hf, gs, ...; a ``pipe:``
+            runs its command.
+        target: see `cached_path`; its folder is made.
+        sha256: what the copy must have, if it is known.
+
+    Raises:
+        ValueError: if the shard can not be had whole, is another one, or does not fit the disk.
+            Nothing is left behind then.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    with _lock(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            return
+        try:
+            with part.open("wb") as file, _opened(url) as stream:
+                for block in _blocks(stream, MOST_BYTES):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            index = make_index(part)
+            if sha256 not in (None, index.sha256):
+                raise ValueError(f"a file with sha256 {index.sha256} instead of {sha256}")
+            os.replace(part, target)
+            write_index(target, index)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"shards: expected a whole tar at {url!r}, to be copied to {str(target.parent)!r}, "
+                f"got: {error}. Nothing was kept; check address and free space, and start again."
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; its file stays, or two could hold two of one name."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[object]:
+    from webdataset.gopen import gopen
+
+    stream = gopen(url, "rb", bufsize=8192)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def _blocks(stream: object, most: int) -> Iterator[bytes]:
+    total = 0
+    while block := stream.read(BLOCK):  # type: ignore[attr-defined]
+        total += len(block)
+        if total > most:
+            raise ValueError(f"more than {most} bytes")
+        yield block
