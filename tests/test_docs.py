@@ -35,6 +35,8 @@ def test_readme_blocks_run_one_after_the_other_as_they_stand(tmp_path):
     assert len(blocks) >= 4
     script = tmp_path / "pasted.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=400, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "torch.Size([4, 3, 224, 224]) torch.Size([4, 1000])" in done.stdout
