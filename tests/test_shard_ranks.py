@@ -21,10 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def ranks(request, tmp_path_factory):
-    """What each of some ranks saw: [{"0": without workers, "2": with two}]."""
-    folder = tmp_path_factory.mktemp("ranks")
+def write(folder: Path) -> None:
     number = 0
     for i, length in enumerate(LENGTHS):
         members = []
@@ -33,16 +30,29 @@ def ranks(request, tmp_path_factory):
             members += [(f"{number}.png", picture(11 * number)), (f"{number}.cls", label)]
             number += 1
         write_tar(folder / f"part-{i}.tar", members)
+
+
+def torchrun(ranks: int, *arguments: object) -> str:
+    """What the ranks print."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.run(
-        [*launch, f"--nproc-per-node={request.param}", str(TESTS / "shard_script.py"), folder],
+        [*launch, f"--nproc-per-node={ranks}", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def ranks(request, tmp_path_factory):
+    """What each of some ranks saw: [{"0": without workers, "2": with two}]."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write(folder)
+    torchrun(request.param, TESTS / "shard_script.py", folder)
     return [json.loads((folder / f"rank{i}.json").read_text()) for i in range(request.param)]
 
 
@@ -89,3 +99,30 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch_and_the_same_draws(ranks, w
 def test_workers_change_nothing(ranks):
     for rank in ranks:
         assert rank["0"] == rank["2"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_reaches_each_rank_once_and_equally_often(tmp_path, count):
+    write(tmp_path)
+    script = TESTS.parent / "examples" / "stream_shards.py"
+    options = ["--shards", tmp_path, "--teacher", f"{TESTS / 'colours.py'}:colour_teacher"]
+    output = torchrun(count, script, *options, "--batch-size", 2, "--size", 6, "--epochs", 2)
+    facts = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    orders = []
+    for epoch in range(2):
+        parts = [
+            [
+                key
+                for fact in facts
+                if (fact["rank"], fact["epoch"]) == (rank, epoch)
+                for key in fact["keys"]
+            ]
+            for rank in range(count)
+        ]
+        keys = [key for part in parts for key in part]
+        assert len({len(part) for part in parts}) == 1
+        assert len(set(keys)) == len(keys)  # nothing twice
+        # nothing lost but what would make a rank wait for the other
+        assert len(keys) == COUNT if count == 1 else len(keys) >= COUNT / 2
+        orders.append(keys)
+    assert orders[0] != orders[1]
