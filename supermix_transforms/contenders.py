@@ -13,11 +13,12 @@ from supermix_transforms.authors import authors_loop
 from supermix_transforms.demo import stack_pictures
 from supermix_transforms.inputs import identities
 from supermix_transforms.measured import Measured, Sample
+from supermix_transforms.memory import group_size
 from supermix_transforms.methods import ask, gradient_of
 from supermix_transforms.mixing import Draw, draw_ring, draw_weights
 from supermix_transforms.results import Mixed
 from supermix_transforms.settings import MethodName, SolverSettings
-from supermix_transforms.solver import GROUP_VALUES, margins
+from supermix_transforms.solver import margins
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix
 
@@ -160,8 +161,7 @@ def _lower_limit(batch: Batch, labeler: TeacherLabeler) -> Made:
     Pictures share a graph as the solver lets them, which on a CPU is faster than all in one.
     """
     device, dtype = batch.images.device, batch.images.dtype
-    size = GROUP_VALUES // batch.images[0].numel() if device.type == "cpu" else len(batch.images)
-    parts = batch.images.split(max(1, size))
+    parts = batch.images.split(group_size(batch.images) or len(batch.images))
     clock = _Clock(device)
     labeler.examine(batch.images)
     originals = clock()

@@ -1,4 +1,4 @@
-"""How much memory a search takes, and how many tuples fit a budget.
+"""How much memory a search takes, how many tuples fit a budget, how many a teacher sees at a time.
 
 At its peak a search of R tuples has allocated, besides what the caller holds::
 
@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Footprint", "activation_bytes", "footprint"]
+__all__ = ["Footprint", "activation_bytes", "footprint", "group_size"]
 
 FLOAT = 4
+GROUP_VALUES = 4 * 3 * 224 * 224  # of pictures that a CPU is given at a time
 # How often the surrogate's optimiser has something alive of the size of: a tuple's mask logits, its
 # coarse masks, its logits, its class maps (while they are laid out for the product)
 STARTS = 12, 8, 16, 2
@@ -91,6 +92,15 @@ def footprint(
         graph=FLOAT * graph + 3 * picture * own,
         activations=activations,
     )
+
+
+def group_size(images: Tensor) -> int | None:
+    """How many pictures a teacher is given at a time: on a GPU all, on the CPU a few large ones.
+
+    More than fit its caches cost a CPU more a picture: docs/results/groups.json has 37 ms a forward
+    and backward for 8 pictures of 224 px, 84 for 64.
+    """
+    return max(1, GROUP_VALUES // images[0].numel()) if images.device.type == "cpu" else None
 
 
 def activation_bytes(teacher: Callable[[Tensor], Tensor], image: Tensor) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from supermix_transforms.losses import kl_divergence, sparsity
 from supermix_transforms.masks import Normalisation, blend, render
-from supermix_transforms.memory import activation_bytes, footprint
+from supermix_transforms.memory import activation_bytes, footprint, group_size
 from supermix_transforms.methods import (
     METHODS,
     Logits,
@@ -40,7 +40,6 @@ __all__ = ["SolverSettings", "margins", "newton_step", "solve"]
 # Float32 pictures that a teacher keeps for a backward, at most; a ResNet-50's are 143, an
 # EfficientNet-B7's 883. Where even so many fit, nothing is measured.
 MOST_ACTIVATIONS = 2000
-GROUP_VALUES = 4 * 3 * 224 * 224  # of pictures that share a graph on the CPU
 
 
 def solve(
@@ -199,7 +198,7 @@ def _search(
     last = settings.max_steps + settings.polish
     if revise is not None and settings.polish > 0:
         last += 1  # who passes at once waits for a graph
-    size = _group_size(problem.images)
+    size = group_size(problem.images)
 
     def look(some: _Rows) -> _Asked:
         part = problem.rows(some.rows)
@@ -277,21 +276,12 @@ def _chunk(
         map_cells=0 if surrogate is None else surrogate.shares[0, 0].numel(),
         activations=4 * MOST_ACTIVATIONS * images[0].numel(),
     )
-    size, count = _group_size(images), len(problem.sources)
+    size, count = group_size(images), len(problem.sources)
     if known.peak(count, size) > settings.memory:
         image = images[0] / 255 if images.dtype == torch.uint8 else images[0]
         measured = activation_bytes(teacher, image)
         known = known._replace(graph=known.graph - known.activations + measured)
     return known.rows_within(settings.memory, size)
-
-
-def _group_size(images: Tensor) -> int | None:
-    """How many rows share a graph: on a GPU all, on the CPU a few large pictures or many small.
-
-    More than fit its caches cost a CPU more a picture: docs/results/groups.json has 37 ms a pair
-    for 8 pictures of 224 px, 84 for 64.
-    """
-    return max(1, GROUP_VALUES // images[0].numel()) if images.device.type == "cpu" else None
 
 
 class _Best:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from supermix_transforms.heads import Head, eager, find_head, watching
 from supermix_transforms.inputs import check_images
+from supermix_transforms.memory import group_size
 from supermix_transforms.results import ClassMaps, TeacherLabels
 
 __all__ = ["TeacherLabeler", "as_labeler"]
@@ -96,7 +97,8 @@ class TeacherLabeler:
             RuntimeError: if the labeler was pickled.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self.label(self.logits(self.prepare(images)))
+            images = self.prepare(images)
+            return self.label(torch.cat([self.logits(part) for part in _parts(images)]))
 
     def label(self, logits: Tensor) -> TeacherLabels:
         """Labels of logits (B, N), at this labeler's temperature and top."""
@@ -131,10 +133,15 @@ class TeacherLabeler:
         """One float32 forward of the originals: logits (B, N), and class maps if there are any."""
         members = self._alive()
         with torch.inference_mode(False), torch.no_grad():
-            images = self.prepare(images)
-            if len(members) == 1:
-                return members[0].examine(images)
-            return self.logits(images, precise=True), None
+            parts = _parts(self.prepare(images))
+            if len(members) > 1:
+                return torch.cat([self.logits(part, precise=True) for part in parts]), None
+            answers = [members[0].examine(part) for part in parts]
+            logits = torch.cat([logits for logits, _ in answers])
+            maps = [maps for _, maps in answers if maps is not None]
+            if len(maps) < len(answers):
+                return logits, None
+            return logits, maps[0]._replace(features=torch.cat([part.features for part in maps]))
 
     def class_maps(self, images: Tensor) -> ClassMaps | None:
         """Last feature maps and the classifier over their average, or None.
@@ -184,6 +191,12 @@ class TeacherLabeler:
         if self._members is not None:
             names = ", ".join(map(repr, self._members))
         return f"TeacherLabeler({names}, temperature={self.temperature}, top={self.top})"
+
+
+def _parts(images: Tensor) -> Sequence[Tensor]:
+    """A batch as a teacher is given it; one without pictures is one part."""
+    size = group_size(images) if len(images) > 0 else None
+    return (images,) if size is None else images.split(size)
 
 
 def as_labeler(teacher: Any) -> TeacherLabeler:

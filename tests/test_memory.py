@@ -71,14 +71,14 @@ def images():
 def test_a_search_allocates_what_the_formula_says(
     labeler, images, monkeypatch, method, map_cells, group
 ):
-    monkeypatch.setattr(solver, "_group_size", lambda images: group)
+    monkeypatch.setattr(solver, "group_size", lambda images: group)
     counted = peak_bytes(search(labeler, images, method=method, mask_size=16))
     formula = expected(labeler, images, map_cells).peak(COUNT, group)
     assert formula == pytest.approx(counted, rel=0.1)
 
 
 def test_a_search_stays_within_its_budget(labeler, images, monkeypatch):
-    monkeypatch.setattr(solver, "_group_size", lambda images: None)
+    monkeypatch.setattr(solver, "group_size", lambda images: None)
     whole = expected(labeler, images, 4).peak(COUNT)
     counted = peak_bytes(search(labeler, images, memory=whole // 2))
     assert 0.3 * whole < counted < 1.1 * whole / 2

@@ -1250,7 +1250,7 @@ def test_what_counts_as_waiting():
 
 @pytest.mark.parametrize("kind", ["paper", "contrast", "maps"])
 def test_a_step_on_a_gpu_waits_for_one_count_only(kind, monkeypatch):
-    monkeypatch.setattr(solver, "_group_size", lambda images: None)  # as on a GPU
+    monkeypatch.setattr(solver, "group_size", lambda images: None)  # as on a GPU
     teacher, waits = Cells(), Waits()
     images = pictures(teacher)
     maps = teacher.maps(images) if kind == "maps" else None
