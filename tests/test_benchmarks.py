@@ -15,7 +15,7 @@ def benchmark(monkeypatch):
     import solver
 
     yield solver
-    del sys.modules["solver"], sys.modules["real_data"]
+    del sys.modules["solver"], sys.modules["real_data"], sys.modules["reports"]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def quality(monkeypatch):
     import quality
 
     yield quality
-    del sys.modules["quality"], sys.modules["real_data"]
+    del sys.modules["quality"], sys.modules["real_data"], sys.modules["reports"]
 
 
 @pytest.mark.slow
@@ -44,6 +44,18 @@ def test_cifar10_pictures_are_mixed(
     assert figures["converged"] >= least
     assert figures["sparsity"] <= most_sparsity
     assert figures["pairs_per_image"] <= most_pairs
+
+
+def test_a_report_goes_on_where_it_was(quality, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    options = quality.options_of("Title.", "some").parse_args(["--out", str(tmp_path / "a.json")])
+    first = quality.Report(options, "some", seed=1)
+    assert not first.has(data="x")
+    first.add({"data": "x", "k": 2})
+    again = quality.Report(options, "some", seed=1)
+    assert again.has(data="x", k=2)
+    assert not again.has(data="x", k=3)
+    assert again.content == first.content
 
 
 def test_regions_are_the_connected_areas_of_one_owner(quality):

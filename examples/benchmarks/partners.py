@@ -13,16 +13,12 @@ Cases that stand in the file already are not run again. Prints the JSON.
 - `matching_share`: the time to find the partners of 256 pictures, by the time to mix them.
 """
 
-import argparse
 import json
-import platform
-import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from real_data import load
+from reports import Report, options_of
 from torch import Tensor
 
 from supermix_transforms import TeacherLabeler
@@ -97,29 +93,12 @@ def mix(partners: str, images: Tensor, teacher: TeacherLabeler) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/partners.json"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options_of(__doc__, "partners")
     parser.add_argument("--pictures", type=int, help="at most so many of each data set")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    report = {"results": []}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-    report |= {
-        "command": "python examples/benchmarks/partners.py",
-        "seed": SEED,
-        "k": K,
-        "epochs": EPOCHS,
-        "threads": options.threads,
-        "device": f"CPU, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "torchvision")},
-    }
-    done = [(result["data"], result["partners"]) for result in report["results"]]
+    report = Report(options, "partners", seed=SEED, k=K, epochs=EPOCHS)
     for name, partners in CASES:
-        if (name, partners) in done:
+        if report.has(data=name, partners=partners):
             continue
         images, teacher = load(options.data, name, tuning=True)
         coarse = None
@@ -135,11 +114,8 @@ def main() -> None:
         case |= {"batch": BATCHES[name]}
         case |= variety(partners, logits, maps, identities(images), BATCHES[name], coarse)
         case |= mix(partners, images[:MIXED], teacher)
-        report["results"].append(case)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(case), file=sys.stderr, flush=True)
-    print(json.dumps(report))
+        report.add(case)
+    print(json.dumps(report.content))
 
 
 if __name__ == "__main__":

@@ -19,16 +19,13 @@ run again. Prints the JSON. Means over all tuples, converged or not:
 - `forwards`, `backwards`: teacher calls a mix, the originals' share included.
 """
 
-import argparse
 import json
-import platform
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from real_data import SEED, cifar_teacher, load, pictures
+from reports import Report, options_of
 from scipy import ndimage
 from torch import Tensor
 from torchvision.transforms import v2
@@ -185,40 +182,19 @@ def load_case(data: Path, name: str) -> tuple[Tensor, TeacherLabeler, TeacherLab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/quality.json"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options_of(__doc__, "quality")
     parser.add_argument("--tuples", type=int, help="at most so many of each data set")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    report = {"results": []}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-    report |= {
-        "command": "python examples/benchmarks/quality.py",
-        "seed": SEED,
-        "k": K,
-        "alpha": ALPHA,
-        "threads": options.threads,
-        "device": f"CPU, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "torchvision")},
-    }
-    done = [result["data"] for result in report["results"]]
+    report = Report(options, "quality", seed=SEED, k=K, alpha=ALPHA)
     for name in TUPLES:
-        if name in done:
+        if report.has(data=name):
             continue
         images, teacher, judge = load_case(options.data, name)
         images = images[: options.tuples]
         variants = not name.endswith("augmented")
         rows = summary(measure(images, teacher, judge, variants=variants))
-        report["results"].append({"data": name, "tuples": len(images), "contenders": rows})
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        for row in rows:
-            print(name, json.dumps(row), file=sys.stderr, flush=True)
-    print(json.dumps(report))
+        report.add({"data": name, "tuples": len(images), "contenders": rows})
+    print(json.dumps(report.content))
 
 
 if __name__ == "__main__":

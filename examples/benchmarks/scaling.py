@@ -13,18 +13,15 @@ turns, medians. Prints the JSON.
   H200's 989 TFLOP/s in bf16.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torchvision
 from real_data import SEED, load
+from reports import Report, options_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,14 +62,10 @@ def calls(mixed: Mixed) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/scaling.json"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options_of(__doc__, "scaling")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
+    report = Report(options, "scaling", seed=SEED, repeats=options.repeats)
     images, teacher = load(options.data, "imagenet", tuning=True)
     images = images[:PICTURES]
     logits, maps = teacher.examine(images)
@@ -94,13 +87,7 @@ def main() -> None:
     ms = {case: 1000 * statistics.median(some) / case[1] for case, some in times.items()}
     forward, backward = flops()
     a_mix = made[2, 800][0] * forward + made[2, 800][1] * backward
-    report = {
-        "command": "python examples/benchmarks/scaling.py",
-        "seed": SEED,
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "device": f"CPU, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "torchvision")},
+    report.content |= {
         "tuples": [
             {
                 "count": count,
@@ -129,9 +116,8 @@ def main() -> None:
             "mixes_per_second": [round(share * H200_FLOPS / a_mix) for share in UTILISATION],
         },
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    report.write()
+    print(json.dumps(report.content))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,12 @@ are the classes of its sources, everything asked again in float32 at another bat
 Intervals are of 95 %: Wilson's for shares, 1.96 standard errors for means.
 """
 
-import argparse
 import json
-import platform
-import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from real_data import SEED, load
+from reports import Report, options_of
 from torch import Tensor
 
 from supermix_transforms import SolverSettings, SuperMix, TeacherLabeler
@@ -115,47 +111,25 @@ def recheck(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/solver.json"))
+    parser = options_of(__doc__, "solver")
     parser.add_argument("--tuning", action="store_true", help="ImageNet shards 0-1 instead of 2-3")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tuples", type=int, help="at most so many of each case")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    report = {"results": []}
-    if options.out.exists():
-        report = json.loads(options.out.read_text())
-    report |= {
-        "command": "python examples/benchmarks/solver.py",
-        "seed": SEED,
-        "batch": BATCH,
-        "threads": options.threads,
-        "device": f"CPU, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "torchvision")},
-    }
+    report = Report(options, "solver", seed=SEED, batch=BATCH)
     shards = "0-1" if options.tuning else "2-3"
-    keys = ("data", "k", "method", "partners")
-    done = [[result[key] for key in keys] for result in report["results"]]
-    if report.setdefault("shards", shards) != shards:
-        parser.error(
-            f"{options.out} holds figures of shards {report['shards']}. Name another --out."
-        )
+    if report.content.setdefault("shards", shards) != shards:
+        parser.error(f"{options.out} holds figures of other shards. Name another --out.")
     for name, k, method, partners, tuples in CASES:
-        if [name, k, method, partners] in done:
-            continue
         case = {"data": name, "k": k, "method": method, "partners": partners}
+        if report.has(**case):
+            continue
         images, teacher = load(options.data, name.split("-")[0], tuning=options.tuning)
         if name.endswith("-callable"):  # anything from pictures to logits: no class maps
             known = teacher
             teacher = TeacherLabeler(lambda batch, known=known: known.logits(batch))
-        case |= run(images, teacher, k, method, partners, min(tuples, options.tuples or tuples))
-        report["results"].append(case)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(case), file=sys.stderr, flush=True)
-    print(json.dumps(report))
+        figures = run(images, teacher, k, method, partners, min(tuples, options.tuples or tuples))
+        report.add(case | figures)
+    print(json.dumps(report.content))
 
 
 if __name__ == "__main__":
