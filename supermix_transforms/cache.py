@@ -7,7 +7,6 @@ the others wait.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -80,6 +79,8 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; its file stays, or two could hold two of one name."""
+    import fcntl  # not on Windows, where the rest of the package works
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

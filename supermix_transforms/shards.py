@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from supermix_transforms.cache import cached_path, fetch, published_index
 from supermix_transforms.pictures import read_picture
@@ -32,6 +32,7 @@ __all__ = [
     "ShardDataset",
     "ShardSampler",
     "ShardSummary",
+    "UnreadableError",
     "find_shards",
     "index_shards",
     "print_index",
@@ -39,9 +40,14 @@ __all__ = [
 
 LABELS = ("cls", "txt", "json")
 ELSEWHERE = re.compile(r"\w\w+:")  # a scheme, and no drive of Windows
+WORKERS = 1025  # places to count in
 SHOWN = 5  # of the samples that are in order for an error, its message names so many
 
 Labels: TypeAlias = Sequence[str] | Callable[[dict[str, bytes]], Any] | None
+
+
+class UnreadableError(ValueError):
+    """One sample's picture or label can not be read; its shard is as it was."""
 
 
 class ShardDataset(Dataset[tuple[Any, Any]]):
@@ -63,7 +69,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         labels: class names in the order of their indices, for shards that hold names; or a function
             of a sample's other members (suffix -> bytes) that returns its label.
         on_error: ``"raise"``, or ``"skip"``: samples that can not be read are left out, counted in
-            `skipped` and named in a warning. Damage to a whole shard is always an error.
+            `skipped` and named in a warning. A shard that is damaged or has changed, and what the
+            transform or the function `labels` raises, is always an error.
 
     Attributes:
         shards: the tars, in order.
@@ -97,7 +104,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
                 path, index = self._elsewhere(shard, cache_dir)
             self.shards.append(path)
             self._indices.append(index)
-        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()  # by all workers
+        # by all workers, each in a place of its own: two could not add to one at once
+        self._skipped = torch.zeros(WORKERS, dtype=torch.int64).share_memory_()
         self._rows: list[np.ndarray] = []  # of each index, those that are samples
         problems: list[str] = []
         for shard, index in zip(self.shards, self._indices, strict=True):
@@ -136,7 +144,10 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         }
         name = f"{known.keys[row]} in {shard}"
         suffix = next(suffix for suffix in PICTURES if suffix in members)
-        picture = read_picture(name, members.pop(suffix))
+        try:
+            picture = read_picture(name, members.pop(suffix))
+        except ValueError as error:
+            raise UnreadableError(str(error)) from error
         label = self._label(name, members)
         return picture if self.transform is None else self.transform(picture), label
 
@@ -148,7 +159,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         for index in indices:
             try:
                 samples.append(self[index])
-            except ValueError as error:
+            except UnreadableError as error:
                 self._report([str(error)])
         if not samples:
             raise ValueError(
@@ -160,7 +171,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
     @property
     def skipped(self) -> int:
         """Samples left out so far, in all workers."""
-        return int(self._skipped)
+        return int(self._skipped.sum())
 
     def _elsewhere(self, url: str, cache_dir: str | Path | None) -> tuple[Path, ShardIndex]:
         """Where the copy of a shard is, or will be, and the shard's index."""
@@ -199,7 +210,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
                 f"({', '.join(LABELS)}) for each key, got {len(problems)} without: {shown}. Mend "
                 'the shards, pass labels=, or on_error="skip" to leave these out.'
             )
-        self._skipped += len(problems)
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else 1 + worker.id % (WORKERS - 1)] += len(problems)
         warnings.warn(f"{len(problems)} samples skipped: {shown}", stacklevel=3)
 
     def _label(self, name: str, members: dict[str, bytes]) -> Any:
@@ -220,7 +232,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         try:
             return int(str(value))  # neither 1.5 nor True
         except ValueError:
-            raise ValueError(
+            raise UnreadableError(
                 f"shards: expected a class index as the label of {name}, got {text[:60]!r} in its "
                 f"{suffix}. Pass the class names as labels=, or a function that reads it."
             ) from None
@@ -232,8 +244,8 @@ class ShardSampler(Sampler[int]):
     Shards are permuted, and samples are shuffled among `window` shards at a time, so that reads
     stay local. The order depends on (seed, epoch) alone. Accelerate splits it among ranks and calls
     `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in torch's
-    ``DistributedSampler``: each rank takes every so-manieth sample, and the first ones once more
-    where they do not come out even.
+    ``DistributedSampler``: rank r takes the samples r, r + num_replicas, ... of the order, and the
+    first ones come once more where it does not come out even.
 
     Args:
         dataset: the samples.

@@ -104,7 +104,7 @@ def test_a_teacher_is_measured_only_where_that_may_matter(images):
 
     labeler = TeacherLabeler(teacher)
     search(labeler, images)()
-    assert 1 not in counts
+    assert counts.count(1) == 0
     search(labeler, images, memory=100_000_000)()
     assert counts.count(1) == 1
 

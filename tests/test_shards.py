@@ -127,6 +127,22 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path):
         next(iter(DataLoader(dataset, 2)))
 
 
+def test_only_what_can_not_be_read_is_skipped(tmp_path):
+    def broken(_):
+        raise ValueError("a mistake in the transform")
+
+    shard = write_tar(tmp_path / "a.tar", samples(0, 4))
+    dataset = ShardDataset(tmp_path, transform=broken, on_error="skip")
+    with pytest.raises(ValueError, match="a mistake in the transform"):
+        dataset.__getitems__([0, 1])
+
+    dataset = ShardDataset(tmp_path, on_error="skip")
+    write_tar(shard, [("x.png", picture(9)), *samples(0, 4)])
+    with pytest.raises(ValueError, match="has changed since it was opened"):
+        dataset.__getitems__([0, 1])
+    assert dataset.skipped == 0
+
+
 def test_a_pickle_in_a_shard_is_never_opened(tmp_path):
     class Trap:
         def __reduce__(self):
