@@ -89,7 +89,7 @@ def main() -> None:
                 "keys": batch.extra[2],
                 "converged": int(batch.converged.sum()),
             }
-            print(json.dumps(facts), flush=True)
+            print(f"{json.dumps(facts)}\n", end="", flush=True)  # a line at once: ranks share this
 
 
 if __name__ == "__main__":

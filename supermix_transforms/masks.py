@@ -15,6 +15,7 @@ from torch import Tensor
 
 from supermix_transforms.losses import sparsity as sparsity_of
 from supermix_transforms.losses import widen
+from supermix_transforms.quantised import exact_masks, quantise
 
 __all__ = [
     "Normalisation",
@@ -26,6 +27,7 @@ __all__ = [
     "owners",
     "project",
     "render",
+    "steps_of",
     "upsample",
 ]
 
@@ -106,9 +108,27 @@ def normalise(logits: Tensor, how: Normalisation) -> Tensor:
     return F.logsigmoid(logits).softmax(dim=1)
 
 
-def render(logits: Tensor, size: tuple[int, int], how: Normalisation = "softmax") -> Tensor:
-    """Mask logits (B, k, w, w) to masks (B, k, H, W): resized, then normalised (Eq. 4)."""
-    return normalise(upsample(logits, size), how)
+def render(
+    logits: Tensor,
+    size: tuple[int, int],
+    how: Normalisation = "softmax",
+    *,
+    quantised: bool = False,
+) -> Tensor:
+    """Mask logits (B, k, w, w) to masks (B, k, H, W): resized, then normalised (Eq. 4).
+
+    `quantised`: the masks are those that a recipe of these logits gives; their gradient is that of
+    the masks that were not rounded.
+    """
+    masks = normalise(upsample(logits, size), how)
+    if quantised:  # in this order the sum is exact
+        masks = (masks - masks.detach()) + exact_masks(steps_of(logits.detach(), how), size)
+    return masks
+
+
+def steps_of(logits: Tensor, how: Normalisation) -> Tensor:
+    """Mask logits (B, k, w, w) as a recipe stores them, int8 (B, k - 1, w, w); see `quantised`."""
+    return quantise(F.logsigmoid(logits) if how == "sigmoid" else logits)
 
 
 def project(

@@ -142,6 +142,7 @@ class Mixed:
     logits: Tensor | None = None  # (M, N) float32, the teacher's for `images`, where it was asked
     mask_logits: Tensor | None = None  # (M, k, w, w) float32
     normalisation: Normalisation = "softmax"
+    quantised: bool = False  # the masks are those of a recipe
     fixed_masks: Tensor | None = None  # (M, k, H, W) float32
 
     @property
@@ -151,7 +152,8 @@ class Mixed:
             assert self.fixed_masks is not None
             return self.fixed_masks
         height, width = self.images.shape[-2:]
-        return render(self.mask_logits, (height, width), self.normalisation)
+        size = (height, width)
+        return render(self.mask_logits, size, self.normalisation, quantised=self.quantised)
 
     @property
     def converged(self) -> Tensor:

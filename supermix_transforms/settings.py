@@ -30,6 +30,7 @@ class Resolved(NamedTuple):
     lambda_tv: float
     lr: float
     memory: int
+    quantised: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class SolverSettings:
     lr: float = 0.1  # length of a step, in gradients (sgd)
     # bytes that a search may allocate; tuples are searched in chunks that stay below it; 4 GiB
     memory: int | None = None
+    # masks are rounded as recipes store them, and the teacher judges what these give; `generate`
+    # sets it
+    quantised: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in get_args(MethodName):
@@ -113,6 +117,7 @@ class SolverSettings:
             lambda_tv=self.lambda_tv,
             lr=self.lr,
             memory=_default(self.memory, DEFAULT_MEMORY),
+            quantised=self.quantised,
         )
 
 

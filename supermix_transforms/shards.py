@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from supermix_transforms.cache import cached_path, fetch, published_index
 from supermix_transforms.pictures import read_picture
 from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_member
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = [
     "IndexSummary",
@@ -114,8 +117,15 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
                 f"{index.keys[row]!r} in {shard.name} {what}" for row, what in found.items()
             ]
             self._rows.append(np.setdiff1d(np.arange(len(index)), list(found)))
+        if problems and on_error == "raise":
+            shown = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
+            raise ValueError(
+                f"shards: expected a picture ({', '.join(PICTURES)}) and a label "
+                f"({', '.join(LABELS)}) for each key, got {len(problems)} without: {shown}. Mend "
+                'the shards, pass labels=, or on_error="skip" to leave these out.'
+            )
         if problems:
-            self._report(problems)
+            self.skip(*problems)
         self.lengths = [len(rows) for rows in self._rows]
         self._starts = np.cumsum([0, *self.lengths])
         if len(self) == 0:
@@ -130,10 +140,17 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """The sample at `index`; negative ones count from the end."""
-        place = range(len(self))[index]
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        row = int(self._rows[number][place - self._starts[number]])
-        shard, known = self.shards[number], self._indices[number]
+        picture, label = self.read(index)
+        return picture if self.transform is None else self.transform(picture), label
+
+    def read(self, index: int) -> tuple["Image", Any]:
+        """The sample at `index` before the transform: picture, RGB and upright, and label.
+
+        Raises:
+            UnreadableError: for a picture or a label that can not be read.
+            ValueError: for a shard that has changed.
+        """
+        shard, known, row = self._place(index)
         if shard in self._urls and not shard.exists():
             fetch(self._urls[shard], shard, sha256=known.sha256)
         members = {
@@ -148,25 +165,59 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             picture = read_picture(name, members.pop(suffix))
         except ValueError as error:
             raise UnreadableError(str(error)) from error
-        label = self._label(name, members)
-        return picture if self.transform is None else self.transform(picture), label
+        return picture, self._label(name, members)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The samples of a batch; with ``on_error="skip"`` those of them that can be read."""
-        if self.on_error == "raise":
-            return [self[index] for index in indices]
-        samples = []
+        return [
+            (picture if self.transform is None else self.transform(picture), label)
+            for _, picture, label in self.readable(indices)
+        ]
+
+    def readable(self, indices: Sequence[int]) -> Iterator[tuple[int, "Image", Any]]:
+        """Index, picture and label of each of these, as `read` gives them.
+
+        With ``on_error="skip"`` those that can not be read are left out and counted.
+
+        Raises:
+            ValueError: as `read`, and where none can be read.
+        """
+        found = 0
         for index in indices:
             try:
-                samples.append(self[index])
+                sample = self.read(index)
             except UnreadableError as error:
-                self._report([str(error)])
-        if not samples:
+                if self.on_error == "raise":
+                    raise
+                self.skip(str(error))
+                continue
+            found += 1
+            yield index, *sample
+        if found == 0 and len(indices) > 0:
             raise ValueError(
                 f"shards: expected a batch of {len(indices)} samples, got none that can be read. "
                 "Look at the warnings before this for the reasons."
             )
-        return samples
+
+    def name(self, index: int) -> str:
+        """Shard and key of a sample."""
+        shard, known, row = self._place(index)
+        return f"{shard.name}/{known.keys[row]}"
+
+    @property
+    def identity(self) -> list[dict[str, Any]]:
+        """What tells the shards from others: name, samples and sha256 of each."""
+        return [
+            {"name": shard.name, "samples": length, "sha256": index.sha256}
+            for shard, index, length in zip(self.shards, self._indices, self.lengths, strict=True)
+        ]
+
+    def skip(self, *problems: str) -> None:
+        """Count what is left out, and warn."""
+        shown = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
+        worker = get_worker_info()
+        self._skipped[0 if worker is None else 1 + worker.id % (WORKERS - 1)] += len(problems)
+        warnings.warn(f"{len(problems)} samples skipped: {shown}", stacklevel=3)
 
     @property
     def skipped(self) -> int:
@@ -201,18 +252,12 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             problems |= {int(row): "has no label" for row in np.flatnonzero(~has(LABELS))}
         return dict(sorted((problems | dict.fromkeys(index.doubles, "is there twice")).items()))
 
-    def _report(self, problems: list[str]) -> None:
-        """Raise, or count and warn."""
-        shown = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
-        if self.on_error == "raise":
-            raise ValueError(
-                f"shards: expected a picture ({', '.join(PICTURES)}) and a label "
-                f"({', '.join(LABELS)}) for each key, got {len(problems)} without: {shown}. Mend "
-                'the shards, pass labels=, or on_error="skip" to leave these out.'
-            )
-        worker = get_worker_info()
-        self._skipped[0 if worker is None else 1 + worker.id % (WORKERS - 1)] += len(problems)
-        warnings.warn(f"{len(problems)} samples skipped: {shown}", stacklevel=3)
+    def _place(self, index: int) -> tuple[Path, ShardIndex, int]:
+        """Shard, its index, and the row of a sample there."""
+        place = range(len(self))[index]
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        row = int(self._rows[number][place - self._starts[number]])
+        return self.shards[number], self._indices[number], row
 
     def _label(self, name: str, members: dict[str, bytes]) -> Any:
         if callable(self.labels):

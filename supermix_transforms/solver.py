@@ -203,7 +203,7 @@ def _search(
     def look(some: _Rows) -> _Asked:
         part = problem.rows(some.rows)
         leaf = some.z.detach().requires_grad_()
-        masks = render(leaf, part.size, method.normalisation)
+        masks = render(leaf, part.size, method.normalisation, quantised=settings.quantised)
         pictures = blend(part.images[part.sources], masks)
         best.forwards[some.rows] += 1
         return _Asked(part, leaf, masks, pictures, ask(teacher, pictures, part.images.dtype))
@@ -238,7 +238,7 @@ def _search(
         if not moved:
             break
         now = _Rows.join(moved)
-    return best.mixed(method.normalisation)
+    return best.mixed(method.normalisation, settings.quantised)
 
 
 @torch.no_grad()
@@ -329,9 +329,11 @@ class _Best:
         self.outcome[rows] = torch.where(found, Outcome.CONVERGED, missed)
         self.steps[rows] = step
 
-    def mixed(self, normalisation: Normalisation) -> Mixed:
+    def mixed(self, normalisation: Normalisation, quantised: bool) -> Mixed:
         size = self.problem.size
-        levels = [sparsity(render(z, size, normalisation)) for z in self.z.split(64)]
+        levels = [
+            sparsity(render(z, size, normalisation, quantised=quantised)) for z in self.z.split(64)
+        ]
         lost = (self.outcome == Outcome.NOT_FINITE)[:, None]
         return Mixed(
             images=self.images,
@@ -344,6 +346,7 @@ class _Best:
             logits=torch.where(lost, self.problem.targets.clamp(min=1e-12).log(), self.logits),
             mask_logits=self.z,
             normalisation=normalisation,
+            quantised=quantised,
             forwards=self.forwards,
             backwards=self.backwards,
         )
