@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from supermix_transforms.files import lock
 from supermix_transforms.tarindex import ShardIndex, make_index, parse_index, write_index
 
 __all__ = ["cached_path", "fetch", "published_index"]
@@ -53,7 +54,7 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
-    with _lock(target.with_name(f".{target.name}.lock")):
+    with lock(target.with_name(f".{target.name}.lock")):
         if target.exists():
             return
         try:
@@ -74,16 +75,6 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
             ) from error
         finally:
             part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; its file stays, or two could hold two of one name."""
-    import fcntl  # not on Windows, where the rest of the package works
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ class Group:
 
 
 # In the order in which they stand in a group: dtype ("class": uint16, or uint32 where N > 65536),
-# shape. G, M and the mixes of each kind are counted by group; D is 8, or 0 where there are no mixes.
+# shape. G, M and the mixes of each kind are counted by group; D is 8, or 0 where nothing is mixed.
 FIELDS: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "sample": ("<u4", ("G",)),
     "crop": ("<i2", ("G", 4)),

@@ -5,6 +5,7 @@ forward of the originals gives their logits, and, where the logits are linear in
 map, the class maps from which the fast solver starts.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -165,6 +166,23 @@ class TeacherLabeler:
     def device(self) -> torch.device | None:
         """Where the teacher runs; None for a callable that takes pictures where they are."""
         return self._alive()[0].device
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the teachers' weights and of how pictures are prepared for them.
+
+        A callable that is no module has no weights to look at; its name stands for it.
+        """
+        total = hashlib.sha256()
+        for member in self._alive():
+            total.update(repr(member).encode())
+            state = {} if member.module is None else member.module.state_dict()
+            for name, value in sorted(state.items()):
+                total.update(name.encode())
+                if isinstance(value, Tensor):
+                    flat = value.detach().cpu().contiguous().flatten()
+                    total.update(flat.view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -115,7 +115,8 @@ class ViewDraws:
         self._flip = 0.0
         resize: Any = None
         stage = 0
-        for step in _steps(transform):
+        self.steps = _steps(transform)
+        for step in self.steps:
             place = next((i for i, kind in enumerate(STAGES, 1) if isinstance(step, kind)), 0)
             if place <= stage:
                 raise ValueError(

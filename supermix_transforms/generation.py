@@ -1,0 +1,652 @@
+"""Write the mixed set D' once, as recipes or as mixed shards, on any number of processes.
+
+The order of all samples in a pass is cut into units, a unit into batches, from which partners come.
+A process makes every n-th unit, alone: nothing is exchanged between processes, and a unit's bytes
+depend on nothing but the settings. What a killed run has finished stays; started again, it goes on.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from supermix_transforms.batch import MixResult
+from supermix_transforms.files import sha256_of, writing_atomically
+from supermix_transforms.inputs import identities
+from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint
+from supermix_transforms.loader import SuperMixCollate, Unconverged
+from supermix_transforms.mixedshards import (
+    PictureFormat,
+    decoded,
+    encode_pictures,
+    samples_of,
+    write_tar,
+)
+from supermix_transforms.mixing import Draw
+from supermix_transforms.quantised import LEVELS, whole_weights
+from supermix_transforms.recipes import Group, Layout, encode
+from supermix_transforms.results import Outcome
+from supermix_transforms.shards import ShardDataset, ShardSampler
+from supermix_transforms.solver import SolverSettings
+from supermix_transforms.stored import to_group
+from supermix_transforms.teacher import TeacherLabeler, as_labeler
+from supermix_transforms.transforms import CutMix, MixUp
+from supermix_transforms.views import ViewDraws
+
+__all__ = ["GenerateSummary", "generate", "print_generated"]
+
+Form: TypeAlias = Literal["recipes", "shards"]
+MixName: TypeAlias = Literal["supermix", "mixup", "cutmix"]
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 60.0  # for a process to begin
+MEASURED = 64  # pictures that a dry run mixes
+
+
+@dataclass(frozen=True)
+class GenerateSummary:
+    """What the folder holds, what this process did, and what is left to do."""
+
+    out: str
+    form: str
+    processes: int
+    units: int  # of the whole set
+    finished: int  # of these
+    mixes: int  # in what is finished, as are the next two
+    converged: int
+    bytes: int
+    made: int  # mixes, by this process in this run, as are the next three
+    seconds: float
+    waiting: float  # seconds of these, for pictures
+    skipped: int  # pictures that could not be read
+    bytes_per_mix: float  # of what was made
+    left_mixes: int
+    left_bytes: int  # estimated
+    left_hours: float  # estimated, with all processes as fast as this one
+
+
+def generate(
+    dataset: ShardDataset,
+    teacher: Any,
+    out: str | Path,
+    *,
+    mix: MixName = "supermix",
+    k: int = 2,
+    alpha: float | None = None,
+    partners: Literal["random", "matched"] = "random",
+    partner_cap: int = 2,
+    settings: SolverSettings = SolverSettings(),
+    unconverged: Unconverged = "keep",
+    passes: int = 1,
+    form: Form = "recipes",
+    picture_format: PictureFormat = "png",
+    quality: int = 95,
+    top: int | None = 10,
+    batch_size: int = 256,
+    unit_batches: int = 8,
+    window: int = 16,
+    seed: int = 0,
+    num_workers: int = 0,
+    dry_run: bool = False,
+) -> GenerateSummary:
+    """Write a mix for each sample and pass to a folder, or go on with what was begun there.
+
+    Every process of a launch (``accelerate launch``, torchrun) calls it with the same arguments;
+    nothing else is needed. The folder's file system must have ``flock``.
+
+    Args:
+        dataset: the samples. Its transform says how they are looked at: v2 Resize, CenterCrop,
+            RandomCrop, RandomResizedCrop, RandomHorizontalFlip; what is random is drawn here, anew
+            for each pass.
+        teacher: as for `SuperMix`. A labeler's temperature is that of the labels.
+        out: the folder; made if it is not there.
+        mix: ``"supermix"``, or ``"mixup"`` and ``"cutmix"``, labelled by the teacher.
+        k: pictures a mix.
+        alpha: of the weights; None is 3 for supermix, 1 for the others.
+        partners, partner_cap: as for `SuperMix`.
+        settings: the solver's; recipes set `quantised`.
+        unconverged: as for `SuperMixCollate`.
+        passes: mixes made of each sample, κ of the paper.
+        form: ``"recipes"``, which `replay` makes pictures of, or ``"shards"``, WebDataset tars of
+            mixed pictures.
+        picture_format, quality: of pictures in shards. The teacher labels what is decoded again.
+        top: classes that are kept of the teacher's labels; None keeps all.
+        batch_size: pictures that are mixed together; partners come from these.
+        unit_batches: batches a unit, which is written as one file.
+        window: as for `ShardSampler`.
+        seed: of all draws.
+        num_workers: processes that read pictures.
+        dry_run: mix a few pictures, write nothing, and say what the rest would take.
+
+    Returns:
+        What the folder holds; on processes other than the first, what is finished so far.
+
+    Raises:
+        ValueError: for settings out of range or other than those the folder was begun with, a
+            folder that can not be written to or that another run writes to, a full disk, samples
+            that can not be read (`ShardDataset`), and a process that ended before its units were
+            finished. What is finished stays.
+    """
+    from accelerate import PartialState
+
+    _check_choices(mix, form, picture_format, quality, top, passes, batch_size, unit_batches)
+    state = PartialState()
+    labeler = as_labeler(teacher)
+    draws = ViewDraws(dataset.transform, seed=seed)
+    if alpha is None:
+        alpha = 3.0 if mix == "supermix" else 1.0
+    if form == "recipes":
+        settings = replace(settings, quantised=True)
+    mixer = SuperMixCollate(
+        labeler,
+        k=k,
+        alpha=alpha,
+        partners=partners,
+        partner_cap=partner_cap,
+        settings=settings,
+        mix=None if mix == "supermix" else MIXES[mix](k=k, alpha=alpha),
+        unconverged=unconverged,
+        seed=seed,
+    )
+    order = _Order(
+        ShardSampler(dataset, seed=seed, window=window), passes, batch_size, unit_batches
+    )
+    num_classes = _num_classes(dataset, draws, labeler)
+    top = min(top or num_classes, labeler.top or num_classes, num_classes)
+    asked = {
+        "form": form,
+        "shards": dataset.identity,
+        "view": asdict(draws.view),
+        "transform": [str(step) for step in draws.steps],
+        "teacher": labeler.digest,
+        "temperature": labeler.temperature,
+        "num_classes": num_classes,
+        "mix": mix,
+        "k": k,
+        "alpha": alpha,
+        "partners": partners,
+        "partner_cap": partner_cap,
+        "solver": asdict(settings),
+        "unconverged": unconverged,
+        "passes": passes,
+        "top": top,
+        "batch_size": batch_size,
+        "unit_batches": unit_batches,
+        "window": window,
+        "seed": seed,
+    }
+    maker: _Maker
+    if form == "recipes":
+        cells = settings.resolve(k, draws.view.size).mask_size
+        height, width = draws.view.size
+        layout = Layout(k, cells, num_classes, top, height, width, fingerprint(asked))
+        maker = _Recipes(layout)
+    else:
+        asked |= {"picture_format": picture_format, "quality": quality}
+        maker = _Shards(dataset, labeler, picture_format, quality, top)
+    run = _Run(
+        Ledger(out),
+        order,
+        _Originals(dataset, draws),
+        mixer,
+        maker,
+        form=form,
+        k=k,
+        num_workers=num_workers,
+        rank=state.process_index,
+        processes=state.num_processes,
+    )
+    return run.measure(asked) if dry_run else run.write(asked, _versions())
+
+
+# -- which mixes, in which files -------------------------------------------------------------------
+
+
+class _Unit(NamedTuple):
+    """A part of a pass that is written as one file."""
+
+    epoch: int
+    number: int  # in its pass
+    batches: list[list[int]]  # samples
+
+    @property
+    def name(self) -> str:
+        return f"{self.epoch:03d}-{self.number:06d}"
+
+
+class _Order:
+    """The units of all passes, in their order."""
+
+    def __init__(
+        self, sampler: ShardSampler, passes: int, batch_size: int, unit_batches: int
+    ) -> None:
+        self._sampler, self._passes = sampler, passes
+        self._batch_size, self._size = batch_size, batch_size * unit_batches
+        self._each = math.ceil(len(sampler) / self._size)  # units a pass
+
+    def __len__(self) -> int:
+        return self._passes * self._each
+
+    @property
+    def samples(self) -> int:
+        return self._passes * len(self._sampler)
+
+    @property
+    def names(self) -> list[str]:
+        passes, numbers = range(self._passes), range(self._each)
+        return [_Unit(*each, []).name for each in itertools.product(passes, numbers)]
+
+    def units(self, wanted: set[str]) -> Iterator[_Unit]:
+        """Those of these names."""
+        for epoch in range(self._passes):
+            self._sampler.set_epoch(epoch)
+            samples = iter(self._sampler)
+            for number in range(self._each):
+                some = list(itertools.islice(samples, self._size))
+                size = self._batch_size
+                batches = [some[first : first + size] for first in range(0, len(some), size)]
+                unit = _Unit(epoch, number, batches)
+                if unit.name in wanted:
+                    yield unit
+
+
+class _Originals(Dataset[dict[str, Any]]):
+    """Samples of (pass, index), as the pass looks at them."""
+
+    def __init__(self, dataset: ShardDataset, draws: ViewDraws) -> None:
+        self.dataset, self._draws = dataset, draws
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        epoch, view = places[0][0], self._draws.view
+        samples = []
+        for index, picture, _ in self.dataset.readable([index for _, index in places]):
+            picture = view.prepare(picture)
+            crop = self._draws(picture, epoch, index)
+            image = view.cut(picture, crop)
+            samples.append({"image": image, "crop": torch.tensor(crop), "index": index})
+        return samples
+
+
+# -- what is made of a batch -----------------------------------------------------------------------
+
+
+class _Batch(NamedTuple):
+    """Mixes, and where their originals come from."""
+
+    result: MixResult
+    samples: Tensor  # (B,) indices in the data set
+    crop: Tensor  # (B, 5)
+    epoch: int
+
+
+class _Maker(Protocol):
+    """A form in which mixes are stored."""
+
+    suffix: str
+
+    def make(self, batch: _Batch) -> tuple[Any, Tensor]:
+        """What is stored of a batch, and the outcomes (M,) of its mixes."""
+
+    def write(self, file: BinaryIO, unit: str, made: list[Any]) -> None:
+        """A unit."""
+
+
+class _Recipes:
+    suffix = ".recipe"
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def make(self, batch: _Batch) -> tuple[Group, Tensor]:
+        group = to_group(batch.result, index=batch.samples, crop=batch.crop, layout=self._layout)
+        return group, torch.from_numpy(group.outcome)
+
+    def write(self, file: BinaryIO, unit: str, made: list[Group]) -> None:
+        file.write(encode(self._layout, made))
+
+
+class _Shards:
+    suffix = ".tar"
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        labeler: TeacherLabeler,
+        picture_format: PictureFormat,
+        quality: int,
+        top: int,
+    ) -> None:
+        self._dataset, self._labeler = dataset, labeler
+        self._format, self._quality, self._top = picture_format, quality, top
+
+    def make(self, batch: _Batch) -> tuple[list[dict[str, Any]], Tensor]:
+        mixed, labels = batch.result.mixed, batch.result.mixed_teacher
+        assert mixed is not None and labels is not None
+        files = encode_pictures(mixed.images, self._format, self._quality)
+        if self._format != "png" and files:
+            # the teacher labels what is handed out
+            labels = self._labeler(decoded(files).to(mixed.images.device))
+        samples = samples_of(
+            files,
+            mixed,
+            labels,
+            suffix=self._format,
+            top=self._top,
+            names=[self._dataset.name(int(index)) for index in batch.samples],
+            crops=batch.crop,
+            epoch=batch.epoch,
+        )
+        return samples, mixed.outcome.cpu()
+
+    def write(self, file: BinaryIO, unit: str, made: list[list[dict[str, Any]]]) -> None:
+        write_tar(file, unit, itertools.chain.from_iterable(made))
+
+
+class _WholeMixUp(MixUp):
+    """MixUp by 256ths, as recipes store them."""
+
+    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+        whole = whole_weights((weights.double() * (1 << 20)).round().long()).float() / LEVELS
+        return super()._masks(draw, sources, whole, size)
+
+
+MIXES: dict[str, Callable[..., Any]] = {"mixup": _WholeMixUp, "cutmix": CutMix}
+
+
+# -- the run of one process ------------------------------------------------------------------------
+
+
+class _Run:
+    """A process's share: of the units those whose place, divided by the processes, leaves rank."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        order: _Order,
+        originals: _Originals,
+        mixer: SuperMixCollate,
+        maker: _Maker,
+        *,
+        form: str,
+        k: int,
+        num_workers: int,
+        rank: int,
+        processes: int,
+    ) -> None:
+        self._ledger, self._order, self._originals = ledger, order, originals
+        self._mixer, self._maker, self._num_workers = mixer, maker, num_workers
+        self._rank, self._processes = rank, processes
+        self._form, self._k = form, k
+        self._made = self._bytes = 0
+        self._seconds = self._waiting = 0.0
+
+    def write(self, asked: dict[str, Any], versions: dict[str, str]) -> GenerateSummary:
+        """Make what is not finished."""
+        start = time.perf_counter()
+        with self._ledger.writing(asked, versions, self._rank):
+            finished = self._ledger.entries()
+            mine = set(self._order.names[self._rank :: self._processes])
+            self._ledger.sweep(mine)
+            with _progress(len(self._order), self._rank) as show:
+                show(finished)
+                for unit, batches in self._batches(mine - finished.keys()):
+                    parts, outcomes = zip(*map(self._maker.make, batches), strict=True)
+                    self._finish(unit, list(parts), torch.cat(outcomes))
+                    show(self._ledger.entries())
+                self._seconds = time.perf_counter() - start
+                if self._rank == 0:
+                    self._wait_for_others(show)
+        return self._summary()
+
+    def measure(self, asked: dict[str, Any]) -> GenerateSummary:
+        """Make a few mixes and write nothing."""
+        if self._ledger.is_begun:
+            self._ledger.compare(asked)
+        unit = next(self._order.units(set(self._order.names[:1])))
+        some = [(unit.epoch, index) for index in unit.batches[0][:MEASURED]]
+        few = some[: self._k]
+        for places in (few, some):  # the first one is slow: libraries are loaded, caches filled
+            start = time.perf_counter()
+            images = default_collate(self._originals.__getitems__(places))
+            self._waiting = time.perf_counter() - start
+            made, outcome = self._maker.make(self._mix(images, unit.epoch))
+            file = io.BytesIO()
+            self._maker.write(file, unit.name, [made])
+            self._made, self._bytes = len(outcome), len(file.getvalue())
+            self._seconds = time.perf_counter() - start
+        return self._summary()
+
+    def _batches(self, wanted: set[str]) -> Iterator[tuple[str, Iterator[_Batch]]]:
+        """Each unit's name and its batches, which have to be used up before the next unit."""
+        loader = DataLoader(
+            self._originals,
+            batch_sampler=_Places(self._order, wanted),
+            num_workers=self._num_workers,
+            collate_fn=default_collate,
+        )
+        units = ((unit, batch) for unit in self._order.units(wanted) for batch in unit.batches)
+        pairs = zip(units, self._timed(loader), strict=True)
+        for name, some in itertools.groupby(pairs, key=lambda pair: pair[0][0].name):
+            yield name, (self._mix(images, unit.epoch) for (unit, _), images in some)
+
+    def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; how long they are waited for is counted."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waiting += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _mix(self, batch: dict[str, Any], epoch: int) -> _Batch:
+        images, index = batch["image"], batch["index"]
+        self._mixer.set_epoch(epoch)
+        # labels are not asked for: the teacher's are stored
+        result = self._mixer.mix(images, None, identities(images, index.tolist()))
+        return _Batch(result, index, batch["crop"], epoch)
+
+    def _finish(self, unit: str, made: list[Any], outcomes: Tensor) -> None:
+        """Write a unit's file, then its line in the manifest."""
+        path = self._ledger.folder / f"{unit}{self._maker.suffix}"
+        with writing_atomically(path) as file:
+            self._maker.write(file, unit, made)
+        entry = UnitEntry(
+            unit=unit,
+            file=path.name,
+            mixes=len(outcomes),
+            converged=int((outcomes == Outcome.CONVERGED).sum()),
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+        )
+        self._ledger.enter(entry)
+        self._made += entry.mixes
+        self._bytes += entry.bytes
+
+    def _wait_for_others(self, show: Callable[[dict[str, UnitEntry]], None]) -> None:
+        """Until all units are there, or whoever should make one is gone."""
+        names = self._order.names
+        gone = 0.0  # seconds
+        while True:
+            alive = {rank for rank in range(1, self._processes) if self._ledger.is_alive(rank)}
+            entries = self._ledger.entries()  # after that: who is gone has entered all
+            show(entries)
+            missing = {i % self._processes for i, name in enumerate(names) if name not in entries}
+            if not missing:
+                return
+            gone = 0.0 if missing <= alive else gone + POLL_SECONDS
+            if gone > GRACE_SECONDS:
+                raise ValueError(
+                    f"generate: expected processes {sorted(missing - alive)} to finish their "
+                    "units, got none of them at work. What is finished stays; start again to go on."
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _summary(self) -> GenerateSummary:
+        entries = self._ledger.entries()
+        mixes = sum(entry.mixes for entry in entries.values())
+        left = self._order.samples * (len(self._order) - len(entries)) / len(self._order)
+        each = self._bytes / max(1, self._made)
+        pace = self._seconds / max(1, self._made) / self._processes
+        return GenerateSummary(
+            out=str(self._ledger.folder),
+            form=self._form,
+            processes=self._processes,
+            units=len(self._order),
+            finished=len(entries),
+            mixes=mixes,
+            converged=sum(entry.converged for entry in entries.values()),
+            bytes=sum(entry.bytes for entry in entries.values()),
+            made=self._made,
+            seconds=self._seconds,
+            waiting=self._waiting,
+            skipped=self._originals.dataset.skipped,
+            bytes_per_mix=each,
+            left_mixes=round(left),
+            left_bytes=round(left * each),
+            left_hours=left * pace / 3600,
+        )
+
+
+class _Places:
+    """A batch sampler: (pass, index) of each batch of the wanted units."""
+
+    def __init__(self, order: _Order, wanted: set[str]) -> None:
+        self._order, self._wanted = order, wanted
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for unit in self._order.units(self._wanted):
+            for batch in unit.batches:
+                yield [(unit.epoch, index) for index in batch]
+
+
+@contextlib.contextmanager
+def _progress(units: int, rank: int) -> Iterator[Callable[[dict[str, UnitEntry]], None]]:
+    """A bar on a terminal, of the first process, over what all have finished."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("units  {task.description}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    quiet = rank > 0 or not console.is_terminal
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        task = progress.add_task("", total=units)
+        start, before = time.perf_counter(), -1
+
+        def show(entries: dict[str, UnitEntry]) -> None:
+            nonlocal before
+            mixes = sum(entry.mixes for entry in entries.values())
+            before = mixes if before < 0 else before
+            rate = (mixes - before) / max(1e-3, time.perf_counter() - start)
+            text = f"{mixes:,} mixes, {rate:.1f} a second"
+            progress.update(task, completed=len(entries), description=text)
+
+        yield show
+
+
+# -- what a folder is begun with -------------------------------------------------------------------
+
+
+def _check_choices(
+    mix: str,
+    form: str,
+    picture_format: str,
+    quality: int,
+    top: int | None,
+    passes: int,
+    batch_size: int,
+    unit_batches: int,
+) -> None:
+    for name, value, allowed in (
+        ("mix", mix, get_args(MixName)),
+        ("form", form, get_args(Form)),
+        ("picture_format", picture_format, get_args(PictureFormat)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}.")
+    for name, number, most in (
+        ("quality", quality, 100),
+        ("top", 1 if top is None else top, 1 << 16),
+        ("passes", passes, 999),
+        ("batch_size", batch_size, 1 << 15),
+        ("unit_batches", unit_batches, 1 << 15),
+    ):
+        if not isinstance(number, int) or not 1 <= number <= most:
+            raise ValueError(f"{name}: expected an integer in 1..{most}, got {number!r}.")
+
+
+def _num_classes(dataset: ShardDataset, draws: ViewDraws, labeler: TeacherLabeler) -> int:
+    """The teacher's, asked with one picture."""
+    index, picture, _ = next(dataset.readable(range(len(dataset))))
+    prepared = draws.view.prepare(picture)
+    image = draws.view.cut(prepared, draws(prepared, 0, index))
+    return labeler(image[None]).num_classes
+
+
+def _versions() -> dict[str, str]:
+    from PIL import features
+
+    packages = ("supermix-transforms", "torch", "torchvision", "pillow")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {**versions, "libjpeg-turbo": str(features.version("libjpeg_turbo"))}
+
+
+# -- for the command line --------------------------------------------------------------------------
+
+
+def print_generated(summary: GenerateSummary) -> None:
+    """What is there and what is left, on standard output."""
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    console = Console(highlight=False)
+    converged = summary.converged / max(1, summary.mixes)
+    what = f"{summary.mixes:,} mixes ({summary.form}) in {summary.finished:,} of {summary.units:,}"
+    console.print(f"{what} units, {decimal(summary.bytes)}, in {summary.out}", soft_wrap=True)
+    if summary.mixes > 0:
+        each = summary.bytes / summary.mixes
+        console.print(f"converged {converged:.1%}, {each:,.0f} bytes a mix")
+    if summary.made > 0:
+        rate, waiting = summary.made / summary.seconds, summary.waiting / summary.seconds
+        console.print(
+            f"{rate:.1f} mixes a second by this process, {waiting:.0%} of the time spent waiting "
+            "for pictures"
+        )
+    if summary.skipped:
+        console.print(f"{summary.skipped:,} pictures could not be read and were skipped")
+    if summary.left_mixes > 0:
+        console.print(
+            f"left: {summary.left_mixes:,} mixes in {summary.units - summary.finished:,} units, "
+            f"about {decimal(summary.left_bytes)} and {_duration(summary.left_hours)} on "
+            f"{summary.processes} process{'es' if summary.processes > 1 else ''} like this one"
+        )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"

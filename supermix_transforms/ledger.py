@@ -1,0 +1,208 @@
+"""The folder that mixes are written to: settings, finished units, and who writes.
+
+A unit is a file. It is written under another name, synced, renamed, and then entered in
+``manifest.jsonl`` with its count, size and sha256. Whatever happens, a unit is either entered and
+whole, or made again. ``settings.json`` says what the folder was begun with.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from supermix_transforms.files import lock, try_lock, write_atomically
+
+__all__ = ["Ledger", "UnitEntry", "fingerprint"]
+
+FORMAT, VERSION = "supermix-mixes", 1
+SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class UnitEntry:
+    """A finished unit."""
+
+    unit: str
+    file: str
+    mixes: int
+    converged: int
+    bytes: int
+    sha256: str
+
+
+class Ledger:
+    """A folder of mixes.
+
+    Args:
+        folder: where it is, or will be.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._manifest = self.folder / MANIFEST
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(
+        self, settings: Mapping[str, Any], versions: Mapping[str, str], rank: int
+    ) -> Iterator[None]:
+        """Begin the folder or go on with it; process `rank` is the only one of that number inside.
+
+        Raises:
+            ValueError: if the folder can not be written to, was begun with other settings, or
+                another run is writing to it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as held:
+                # `is_alive` of another process may hold it for a moment
+                if not held.enter_context(try_lock(self._rank_lock(rank), seconds=1)):
+                    raise ValueError(
+                        f"out: expected a folder that nobody else writes to, got "
+                        f"{str(self.folder)!r}, where another run is at work. Wait for it, or "
+                        "choose another folder."
+                    )
+                if not self.is_begun:
+                    self._begin(settings, versions)
+                self.compare(settings)
+                yield
+        except OSError as error:
+            raise ValueError(
+                f"out: expected a folder with room to write to, got {str(self.folder)!r}: "
+                f"{error.strerror or error}. Units that are finished stay; start again to go on."
+            ) from error
+
+    def enter(self, entry: UnitEntry) -> None:
+        """Note that a unit's file is whole and has its name."""
+        line = json.dumps(asdict(entry)) + "\n"
+        with lock(self.folder / ".manifest.lock"), self._manifest.open("a+b") as file:
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):  # the end of a line was lost with its process
+                file.truncate(whole)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sweep(self, units: set[str]) -> None:
+        """Remove what killed processes had begun of these units."""
+        for path in self.folder.glob(".*-*.*.*"):
+            if path.name[1:].split(".")[0] in units:
+                path.unlink(missing_ok=True)
+
+    def is_alive(self, rank: int) -> bool:
+        """Whether the process of that number is still inside of `writing`."""
+        with try_lock(self._rank_lock(rank)) as taken:
+            return not taken
+
+    def _rank_lock(self, rank: int) -> Path:
+        return self.folder / f".manifest.{rank}.lock"
+
+    def _begin(self, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+        if self._manifest.exists():
+            raise ValueError(
+                f"out: expected {SETTINGS} beside {MANIFEST} in {str(self.folder)!r}, got none. "
+                "Put it back, or choose another folder."
+            )
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": settings,
+            "versions": versions,
+        }
+        write_atomically(self.folder / SETTINGS, (json.dumps(content, indent=1) + "\n").encode())
+
+    @property
+    def is_begun(self) -> bool:
+        return (self.folder / SETTINGS).exists()
+
+    def compare(self, settings: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless the folder was begun with these settings."""
+        begun = self.settings()
+        asked = json.loads(json.dumps(settings))
+        different = [
+            f"{name} {_short(begun.get(name))}, now {_short(asked.get(name))}"
+            for name in sorted(begun.keys() | asked.keys())
+            if begun.get(name) != asked.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"out: expected the settings that {str(self.folder)!r} was begun with, got others: "
+                f"{'; '.join(different)}. Use those, or choose another folder."
+            )
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """What the folder was begun with.
+
+        Raises:
+            ValueError: if that is not there or damaged.
+        """
+        settings: dict[str, Any] = self._header()["settings"]
+        return settings
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that the folder was begun with."""
+        versions: dict[str, str] = self._header()["versions"]
+        return versions
+
+    def _header(self) -> dict[str, Any]:
+        path = self.folder / SETTINGS
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != FORMAT or content["version"] != VERSION:
+                raise ValueError(f"it is {content['format']} {content['version']}")
+            if not all(isinstance(content[part], dict) for part in ("settings", "versions")):
+                raise ValueError("a part of it is none")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"recipes: expected a folder that `supermix generate` wrote, got "
+                f"{str(self.folder)!r}: {SETTINGS}: {error}. Check the path, or generate anew."
+            ) from error
+        return dict(content)
+
+    def entries(self) -> dict[str, UnitEntry]:
+        """Every finished unit whose file is there in the size that was entered.
+
+        Raises:
+            ValueError: if the manifest is damaged.
+        """
+        entries: dict[str, UnitEntry] = {}
+        content = self._manifest.read_bytes() if self._manifest.exists() else b""
+        for line in content.split(b"\n")[:-1]:  # what follows the last end of line was lost
+            try:
+                entry = UnitEntry(**json.loads(line))
+                if entry.file != Path(entry.file).name or not isinstance(entry.bytes, int):
+                    raise ValueError("a file outside of the folder")
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"recipes: expected a unit in each line of {str(self._manifest)!r}, got "
+                    f"{line[:80]!r}: {error}. Remove that line and generate again."
+                ) from error
+            entries[entry.unit] = entry
+        return {unit: entry for unit, entry in entries.items() if self._is_there(entry)}
+
+    def path(self, entry: UnitEntry) -> Path:
+        return self.folder / entry.file
+
+    def _is_there(self, entry: UnitEntry) -> bool:
+        path = self.path(entry)
+        return path.is_file() and path.stat().st_size == entry.bytes
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """The sha256 of settings, the same for equal ones."""
+    content = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

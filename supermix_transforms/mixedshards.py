@@ -1,0 +1,107 @@
+"""Mixes as samples of a WebDataset tar: picture, class, soft label and where it comes from."""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supermix_transforms.pictures import read_picture
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
+
+__all__ = ["PictureFormat", "decoded", "encode_pictures", "samples_of", "write_tar"]
+
+PictureFormat: TypeAlias = Literal["png", "webp", "jpg"]
+SAVE: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP"},
+    "jpg": {"format": "JPEG", "subsampling": 0},  # at full resolution: borders of masks are sharp
+}
+
+
+def encode_pictures(images: Tensor, suffix: PictureFormat, quality: int) -> list[bytes]:
+    """Pictures (M, 3, H, W) uint8 as files; `quality` is of webp and jpg, 1..100."""
+    from PIL import Image
+
+    files = []
+    options = SAVE[suffix] if suffix == "png" else {**SAVE[suffix], "quality": quality}
+    for picture in images.cpu():
+        content = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(content, **options)
+        files.append(content.getvalue())
+    return files
+
+
+def decoded(files: Sequence[bytes]) -> Tensor:
+    """The pictures that a reader of these files sees, (M, 3, H, W) uint8."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    return torch.stack([pil_to_tensor(read_picture("a mix", content)) for content in files])
+
+
+def samples_of(
+    files: Sequence[bytes],
+    mixed: Mixed,
+    labels: TeacherLabels,
+    *,
+    suffix: PictureFormat,
+    top: int,
+    names: Sequence[str],
+    crops: Tensor,
+    epoch: int,
+) -> list[dict[str, Any]]:
+    """The members of each mix, by suffix.
+
+    Args:
+        files: the pictures.
+        mixed: the M mixes; its sources are rows of `names` and `crops`.
+        labels: the teacher's.
+        suffix: of the pictures.
+        top: n; N keeps the whole label.
+        names: of the originals.
+        crops: (B, 5), see `views.Crop`.
+        epoch: the pass.
+    """
+    index, log_probs, rest = labels.top(top)
+    samples: list[dict[str, Any]] = []
+    for row, content in enumerate(files):
+        sources = mixed.sources[row].tolist()
+        source = {
+            "sources": [names[place] for place in sources],
+            "crops": crops[sources].tolist(),
+            "weights": [round(weight, 6) for weight in mixed.weights[row].tolist()],
+            "outcome": Outcome(int(mixed.outcome[row])).name,
+            "steps": int(mixed.steps[row]),
+            "pass": epoch,
+        }
+        sample = {
+            suffix: content,
+            "cls": str(int(index[row, 0])).encode(),
+            "json": json.dumps(source).encode(),
+        }
+        if top < labels.num_classes:
+            label = {
+                "indices": index[row].tolist(),
+                "log_probs": [round(value, 4) for value in log_probs[row].tolist()],
+                "rest": round(float(rest[row]), 6),
+            }
+            sample["soft.json"] = json.dumps(label).encode()
+        else:
+            array = io.BytesIO()
+            np.save(array, labels.probs[row].cpu().numpy().astype(np.float16))
+            sample["soft.npy"] = array.getvalue()
+        samples.append(sample)
+    return samples
+
+
+def write_tar(file: BinaryIO, unit: str, samples: Iterable[dict[str, bytes]]) -> None:
+    """The samples of a unit as a tar; the same bytes for the same samples."""
+    import webdataset
+
+    writer = webdataset.TarWriter(file, encoder=False, mtime=0, compress=False)
+    for number, sample in enumerate(samples):
+        writer.write({"__key__": f"{unit}-{number:05d}", **sample})
+    writer.close()
