@@ -1,10 +1,12 @@
 """Teacher-supervised mixing augmentation for PyTorch (SuperMix, CVPR 2021)."""
 
 from supermix_transforms.batch import MixBatch
+from supermix_transforms.generation import generate
 from supermix_transforms.loader import MixLoader, SuperMixCollate
 from supermix_transforms.losses import kd_loss, supermix_loss
 from supermix_transforms.masks import mix_images
 from supermix_transforms.mixing import supermix
+from supermix_transforms.replaying import replay
 from supermix_transforms.results import ClassMaps, Mixed, Outcome, TeacherLabels
 from supermix_transforms.shards import ShardDataset, ShardSampler
 from supermix_transforms.solver import SolverSettings
@@ -28,8 +30,10 @@ __all__ = [
     "SuperMixCollate",
     "TeacherLabeler",
     "TeacherLabels",
+    "generate",
     "kd_loss",
     "mix_images",
+    "replay",
     "supermix",
     "supermix_loss",
 ]

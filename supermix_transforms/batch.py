@@ -39,6 +39,14 @@ class MixResult(NamedTuple):
         }
         return self._replace(**moved)
 
+    def pin_memory(self) -> "MixResult":
+        pinned: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in self._asdict().items()
+            if name != "traced" and value is not None
+        }
+        return self._replace(**pinned)
+
 
 class Mixer(Protocol):
     """Who turns originals into mixes: the collate or the loader that made the batch."""
@@ -87,11 +95,17 @@ class MixBatch:
         self._result: MixResult | None = None
         self._device: torch.device | str | int | None = None  # where .to() was asked to put all
 
+    def hold(self, result: MixResult) -> None:
+        """Take mixes that were made elsewhere; the mixer then travels with the batch."""
+        self._result = result
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mixer": None}
+        return vars(self) if self._token == "" else {**vars(self), "_mixer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self._token == "":
+            return
         self._mixer = _mixers.get(self._token)
         if self._mixer is not None and threading.current_thread() is threading.main_thread():
             refuse_dispatch(self._mixer)
@@ -197,15 +211,16 @@ class MixBatch:
                     self._labels = self._labels.to(device, non_blocking=non_blocking)
             else:
                 self._result = self._result.to(device)
-            return self._form()
+            return self.form()
         except TypeError as error:
             # Accelerate answers a TypeError by calling .to again, which would mix twice and could
             # lose the error.
             raise RuntimeError(f"mixing failed: {error}") from error
 
     def pin_memory(self, device: str | None = None) -> "MixBatch":
-        """Pin the originals. Runs in a side thread of the DataLoader, so nothing is mixed here."""
+        """Pin what is there. Runs in a side thread of the DataLoader, so nothing is mixed here."""
         del device
+        self._result = self._result and self._result.pin_memory()
         self._images = self._images.pin_memory()
         self._labels = None if self._labels is None else self._labels.pin_memory()
         return self
@@ -247,7 +262,7 @@ class MixBatch:
         mixed, targets = self.as_tuple()
         return {"pixel_values": mixed, "labels": targets}
 
-    def _form(self) -> Any:
+    def form(self) -> Any:
         """What ``output=`` asked for."""
         output = self._owner().output
         if output == "batch":
@@ -272,7 +287,7 @@ class MixBatch:
         return mixed
 
     def _owner(self) -> Mixer:
-        if torch.utils.data.get_worker_info() is not None:
+        if self._result is None and torch.utils.data.get_worker_info() is not None:
             raise RuntimeError(
                 "mixing was asked for inside a DataLoader worker, where the teacher must not run. "
                 "Read the mixes in the process that iterates over the loader."

@@ -6,7 +6,6 @@ depend on nothing but the settings. What a killed run has finished stays; starte
 """
 
 import contextlib
-import importlib.metadata
 import io
 import itertools
 import math
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from supermix_transforms.batch import MixResult
 from supermix_transforms.files import sha256_of, writing_atomically
 from supermix_transforms.inputs import identities
-from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint
+from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint, versions
 from supermix_transforms.loader import SuperMixCollate, Unconverged
 from supermix_transforms.mixedshards import (
     PictureFormat,
@@ -178,6 +177,7 @@ def generate(
         "solver": asdict(settings),
         "unconverged": unconverged,
         "passes": passes,
+        "units": len(order),
         "top": top,
         "batch_size": batch_size,
         "unit_batches": unit_batches,
@@ -205,7 +205,7 @@ def generate(
         rank=state.process_index,
         processes=state.num_processes,
     )
-    return run.measure(asked) if dry_run else run.write(asked, _versions())
+    return run.measure(asked) if dry_run else run.write(asked, versions())
 
 
 # -- which mixes, in which files -------------------------------------------------------------------
@@ -605,14 +605,6 @@ def _num_classes(dataset: ShardDataset, draws: ViewDraws, labeler: TeacherLabele
     prepared = draws.view.prepare(picture)
     image = draws.view.cut(prepared, draws(prepared, 0, index))
     return labeler(image[None]).num_classes
-
-
-def _versions() -> dict[str, str]:
-    from PIL import features
-
-    packages = ("supermix-transforms", "torch", "torchvision", "pillow")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {**versions, "libjpeg-turbo": str(features.version("libjpeg_turbo"))}
 
 
 # -- for the command line --------------------------------------------------------------------------

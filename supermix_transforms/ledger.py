@@ -7,6 +7,7 @@ whole, or made again. ``settings.json`` says what the folder was begun with.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from supermix_transforms.files import lock, try_lock, write_atomically
 
-__all__ = ["Ledger", "UnitEntry", "fingerprint"]
+__all__ = ["Ledger", "UnitEntry", "fingerprint", "versions"]
 
 FORMAT, VERSION = "supermix-mixes", 1
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
@@ -195,6 +196,15 @@ class Ledger:
     def _is_there(self, entry: UnitEntry) -> bool:
         path = self.path(entry)
         return path.is_file() and path.stat().st_size == entry.bytes
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide how a picture is decoded, resized and mixed."""
+    from PIL import features
+
+    packages = ("supermix-transforms", "torch", "torchvision", "pillow")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {**found, "libjpeg-turbo": str(features.version("libjpeg_turbo"))}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -114,6 +114,9 @@ class TeacherLabels:
     def to(self, device: torch.device | str | int) -> "TeacherLabels":
         return self._each(lambda tensor: tensor.to(device))
 
+    def pin_memory(self) -> "TeacherLabels":
+        return self._each(Tensor.pin_memory)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TeacherLabels":
         return TeacherLabels(
             change(self.log_probs),
@@ -199,6 +202,9 @@ class Mixed:
 
     def to(self, device: torch.device | str | int) -> "Mixed":
         return self._each(lambda tensor: tensor.to(device))
+
+    def pin_memory(self) -> "Mixed":
+        return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Mixed":
         values: dict[str, Any] = {

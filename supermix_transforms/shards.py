@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -283,19 +283,26 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             ) from None
 
 
+class HasLengths(Protocol):
+    """A data set in parts, of these lengths: a `ShardDataset`, or what `replay` returns."""
+
+    lengths: list[int]
+
+
 class ShardSampler(Sampler[int]):
     """One order of all samples for each epoch, in which neighbours lie in few shards.
 
-    Shards are permuted, and samples are shuffled among `window` shards at a time, so that reads
-    stay local. The order depends on (seed, epoch) alone. Accelerate splits it among ranks and calls
-    `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in torch's
+    Shards, or groups of recipes, are permuted, and samples are shuffled among `window` of them at a
+    time, so that reads stay local. The order depends on (seed, epoch) alone. Accelerate splits it
+    among ranks and calls `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in torch's
     ``DistributedSampler``: rank r takes the samples r, r + num_replicas, ... of the order, and the
     first ones come once more where it does not come out even.
 
     Args:
         dataset: the samples.
         seed: of the order.
-        window: shards that are shuffled together, at least 1.
+        window: shards that are shuffled together; with 0 the shards are shuffled and each keeps
+            the order of its samples, which is what `replay` wants.
         shuffle: without it samples come in the order of the shards.
         rank, num_replicas: of plain distributed training; both or none.
 
@@ -305,7 +312,7 @@ class ShardSampler(Sampler[int]):
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: HasLengths,
         *,
         seed: int = 0,
         window: int = 16,
@@ -313,8 +320,8 @@ class ShardSampler(Sampler[int]):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"window: expected at least 1 shard, got {window}.")
+        if window < 0:
+            raise ValueError(f"window: expected at least 0 shards, got {window}.")
         if (rank is None) != (num_replicas is None):
             raise ValueError(
                 f"rank, num_replicas: expected both or none, got {rank} and {num_replicas}."
@@ -344,10 +351,10 @@ class ShardSampler(Sampler[int]):
         random = np.random.default_rng([self.seed, self.epoch])
         starts = np.cumsum([0, *self.lengths])
         shards = random.permutation(len(self.lengths))
-        for first in range(0, len(shards), self.window):
-            some = shards[first : first + self.window]
+        for first in range(0, len(shards), self.window or 1):
+            some = shards[first : first + (self.window or 1)]
             samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in some])
-            yield from random.permutation(samples).tolist()
+            yield from (random.permutation(samples) if self.window else samples).tolist()
 
 
 def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path | str]:

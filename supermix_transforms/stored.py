@@ -149,13 +149,13 @@ def masks_of(group: Group, row: int, size: tuple[int, int]) -> Tensor:
     return (owner == torch.arange(k)[:, None, None]).float()
 
 
-def weights_of(group: Group) -> Tensor:
-    """The mixing weights r of Eq. 2, (M, k) float32."""
-    weight = torch.from_numpy(group.weight.astype(np.float32)) / WHOLE
-    return torch.cat([weight, (1 - weight.sum(dim=1, keepdim=True)).clamp(min=0)], dim=1)
+def weights_of(group: Group, row: int) -> Tensor:
+    """The mixing weights r of Eq. 2 of a mix, (k,) float32."""
+    weight = group.weight[row].astype(np.int64)
+    return torch.tensor([*weight, WHOLE - weight.sum()], dtype=torch.float32) / WHOLE
 
 
-def labels_of(index: Array, log_prob: Array, rest: Array, num_classes: int) -> TeacherLabels:
+def labels_of(num_classes: int, index: Array, log_prob: Array, rest: Array) -> TeacherLabels:
     """The teacher's labels of top classes (M, n)."""
     log_probs = torch.from_numpy(log_prob.astype(np.float16))
     if log_prob.shape[1] < num_classes:
