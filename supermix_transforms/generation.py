@@ -271,10 +271,10 @@ class _Originals(Dataset[dict[str, Any]]):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         epoch, view = places[0][0], self._draws.view
         samples = []
-        for index, picture, _ in self.dataset.readable([index for _, index in places]):
+        for index, picture, _ in self.dataset.readable([i for _, i in places], labelled=False):
             picture = view.prepare(picture)
             crop = self._draws(picture, epoch, index)
-            image = view.cut(picture, crop)
+            image = torch.from_numpy(view.cut(picture, crop))
             samples.append({"image": image, "crop": torch.tensor(crop), "index": index})
         return samples
 
@@ -355,7 +355,7 @@ class _Shards:
 
 
 class _WholeMixUp(MixUp):
-    """MixUp by 256ths, as recipes store them."""
+    """MixUp by 255ths, as recipes store them."""
 
     def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
         whole = whole_weights((weights.double() * (1 << 20)).round().long()).float() / LEVELS
@@ -601,9 +601,9 @@ def _check_choices(
 
 def _num_classes(dataset: ShardDataset, draws: ViewDraws, labeler: TeacherLabeler) -> int:
     """The teacher's, asked with one picture."""
-    index, picture, _ = next(dataset.readable(range(len(dataset))))
+    index, picture, _ = next(dataset.readable(range(len(dataset)), labelled=False))
     prepared = draws.view.prepare(picture)
-    image = draws.view.cut(prepared, draws(prepared, 0, index))
+    image = torch.from_numpy(draws.view.cut(prepared, draws(prepared, 0, index)))
     return labeler(image[None]).num_classes
 
 

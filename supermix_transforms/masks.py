@@ -15,7 +15,7 @@ from torch import Tensor
 
 from supermix_transforms.losses import sparsity as sparsity_of
 from supermix_transforms.losses import widen
-from supermix_transforms.quantised import exact_masks, quantise
+from supermix_transforms.quantised import LEVELS, exact_parts, quantise
 
 __all__ = [
     "Normalisation",
@@ -122,7 +122,8 @@ def render(
     """
     masks = normalise(upsample(logits, size), how)
     if quantised:  # in this order the sum is exact
-        masks = (masks - masks.detach()) + exact_masks(steps_of(logits.detach(), how), size)
+        parts = exact_parts(steps_of(logits.detach(), how), size)
+        masks = (masks - masks.detach()) + parts / LEVELS
     return masks
 
 

@@ -95,7 +95,7 @@ class Group:
     rest: Array
     kind: Array  # (M,) uint8
     grid: Array  # (mixes of LOGITS, k - 1, w, w) int8, see `quantised`
-    share: Array  # (mixes of CONSTANT, k - 1) uint16, parts of 256 of all pictures but the last
+    share: Array  # (mixes of CONSTANT, k - 1) uint16, parts of 255 of all pictures but the last
     box: Array  # (mixes of BOXES, k - 1, 4) uint16: top, left, bottom, right of pictures 1..k - 1
     digest: Array  # (8,) uint8, of the first mix's pixels; none where there are no mixes
 

@@ -22,15 +22,14 @@ from torch.utils.data import Dataset, default_collate
 
 from supermix_transforms.batch import MixBatch, MixResult, OutputForm, TargetForm
 from supermix_transforms.ledger import Ledger, fingerprint, versions
-from supermix_transforms.masks import mix_images
-from supermix_transforms.quantised import STEP
-from supermix_transforms.recipes import Group, Kind, RecipeReader, picture_digest
-from supermix_transforms.results import Mixed
+from supermix_transforms.quantised import LEVELS, STEP, blend_parts
+from supermix_transforms.recipes import Array, Group, Kind, RecipeReader, picture_digest
+from supermix_transforms.results import Mixed, TeacherLabels
 from supermix_transforms.shards import ShardDataset
-from supermix_transforms.stored import labels_of, masks_of, weights_of
+from supermix_transforms.stored import labels_of, parts_of, weights_of
 from supermix_transforms.views import Crop, View
 
-__all__ = ["Replay", "ReplayedMix", "replay"]
+__all__ = ["Replay", "ReplayedMix", "open_unit", "replay"]
 
 KEPT = 4  # groups whose records stay in memory
 SHOWN = 3
@@ -41,7 +40,7 @@ class ReplayedMix(NamedTuple):
 
     mixed: Tensor  # (3, H, W) uint8
     image: Tensor  # (3, H, W) uint8, the first of its sources
-    label: Any  # of `image`, the data set's
+    label: Any  # of `image`, the data set's; None for output="tuple" and "dict"
     number: int  # of the mix
     group: Group
     row: int  # in the group
@@ -114,16 +113,19 @@ class Replay(Dataset[ReplayedMix]):
         pictures that are none of these; ``extra`` has "index" of each mix (M,) and "sources", the
         indices (M, k) in the data set.
         """
-        images = torch.stack([mix.image for mix in mixes])
         mixed = torch.stack([mix.mixed for mix in mixes])
+        if self._output in ("tuple", "dict"):  # needs nothing of the originals
+            label = self._labels(mixes)
+            targets = label.hard if self._target == "hard" else label.probs
+            names = ("pixel_values", "labels")
+            pair = (mixed, targets)
+            return pair if self._output == "tuple" else dict(zip(names, pair, strict=True))
+        numbers = torch.tensor([mix.number for mix in mixes])
         batch = MixBatch(
-            images,
+            torch.stack([mix.image for mix in mixes]),
             default_collate([mix.label for mix in mixes]),
-            ids=torch.tensor([mix.number for mix in mixes]),
-            extra={
-                "index": torch.tensor([mix.number for mix in mixes]),
-                "sources": torch.stack([_samples(mix) for mix in mixes]),
-            },
+            ids=numbers,
+            extra={"index": numbers, "sources": torch.stack([_samples(mix) for mix in mixes])},
             mixer=_Replayed(self._output, self._target),
         )
         batch.hold(self._result(batch, mixed, mixes))
@@ -146,10 +148,11 @@ class Replay(Dataset[ReplayedMix]):
             self._leave_out(error, len(rows))
             return
         used = sorted({int(place) for row in rows for place in group.source[row]})
-        pictures: dict[int, Tensor] = {}
+        pictures: dict[int, Array] = {}
         labels: dict[int, Any] = {}
         sample_at = {int(group.sample[place]): place for place in used}
-        for sample, picture, label in self._dataset.readable(list(sample_at)):
+        labelled = self._output in ("batch", "concat")
+        for sample, picture, label in self._dataset.readable(list(sample_at), labelled=labelled):
             place = sample_at[sample]
             top, left, height, width = group.crop[place].tolist()
             crop = Crop(top, left, height, width, int(group.flip[place]))
@@ -160,21 +163,21 @@ class Replay(Dataset[ReplayedMix]):
             if not all(place in pictures for place in sources):
                 self._leave_out(ValueError("a picture that it is made of can not be read"), 1)
                 continue
-            images = torch.stack([pictures[place] for place in sources])
-            masks = masks_of(group, row, self._view.size)
-            mixed = mix_images(images[None], masks[None])[0]
+            parts = parts_of(group, row, self._view.size)
+            mixed = blend_parts([pictures[place] for place in sources], parts)
             if row == 0:
                 self._compare(group, mixed, number)
             own = sources[0]
             place = int(self._starts[number]) + row
-            yield ReplayedMix(mixed, pictures[own], labels[own], place, group, row)
+            image = torch.from_numpy(pictures[own])
+            yield ReplayedMix(torch.from_numpy(mixed), image, labels[own], place, group, row)
 
     def _group(self, number: int) -> Group:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
         unit, place = self._places[number]
-        group = _reader(self._paths[unit]).group(place)
+        group = open_unit(self._paths[unit]).group(place)
         if len(group.sample) and int(group.sample.max()) >= len(self._dataset):
             raise ValueError(
                 f"recipes: expected samples below {len(self._dataset)}, got "
@@ -185,9 +188,9 @@ class Replay(Dataset[ReplayedMix]):
             self._kept.popitem(last=False)
         return group
 
-    def _compare(self, group: Group, mixed: Tensor, number: int) -> None:
+    def _compare(self, group: Group, mixed: Array, number: int) -> None:
         """The first mix of a group says whether pictures are decoded as they were then."""
-        if np.array_equal(picture_digest(mixed.numpy()), group.digest):
+        if np.array_equal(picture_digest(mixed), group.digest):
             return
         raise ValueError(
             f"recipes: expected the pixels that were generated, got others in group {number}. The "
@@ -241,7 +244,7 @@ class Replay(Dataset[ReplayedMix]):
         expected = fingerprint(self.settings)
         for _, entry in sorted(entries.items()):
             try:
-                reader = _reader(ledger.path(entry))
+                reader = open_unit(ledger.path(entry))
                 layout, settings = reader.layout, self.settings
                 same = (layout.k, layout.num_classes, (layout.height, layout.width)) == (
                     settings.get("k"),
@@ -263,28 +266,27 @@ class Replay(Dataset[ReplayedMix]):
 
     # -- a batch ---------------------------------------------------------------------------------
 
+    def _labels(self, mixes: Sequence[ReplayedMix]) -> TeacherLabels:
+        """The teacher's, of the mixes."""
+        columns = _columns(mixes, ("index", "log_prob", "rest"), [mix.row for mix in mixes])
+        return labels_of(int(self.settings["num_classes"]), *columns)
+
     def _result(self, batch: MixBatch, mixed: Tensor, mixes: list[ReplayedMix]) -> MixResult:
-        num_classes = int(self.settings["num_classes"])
-
-        def columns(names: Sequence[str], rows: Sequence[int]) -> list[Any]:
-            pairs = list(zip(mixes, rows, strict=True))
-            return [np.stack([vars(mix.group)[name][row] for mix, row in pairs]) for name in names]
-
-        rows = [mix.row for mix in mixes]
         own = [int(mix.group.source[mix.row, 0]) for mix in mixes]
         originals = ("original_index", "original_log_prob", "original_rest")
-        teacher = labels_of(num_classes, *columns(originals, own))
-        label = labels_of(num_classes, *columns(("index", "log_prob", "rest"), rows))
+        teacher = labels_of(int(self.settings["num_classes"]), *_columns(mixes, originals, own))
+        label = self._labels(mixes)
         kinds, outcome, steps = (
             torch.from_numpy(column.astype(np.int64))
-            for column in columns(("kind", "outcome", "steps"), rows)
+            for column in _columns(mixes, ("kind", "outcome", "steps"), [mix.row for mix in mixes])
         )
         nothing = torch.full((len(mixes),), torch.nan)
         logits, fixed = None, None
         if self._output == "batch" and bool((kinds == Kind.LOGITS).all()):
             logits = torch.stack([_mask_logits(mix) for mix in mixes])
         elif self._output == "batch":
-            fixed = torch.stack([masks_of(m.group, m.row, self._view.size) for m in mixes])
+            parts = [parts_of(mix.group, mix.row, self._view.size) for mix in mixes]
+            fixed = torch.from_numpy(np.stack(parts)) / LEVELS
         result = Mixed(
             images=mixed,
             sources=_rows_of(mixes),
@@ -335,7 +337,13 @@ def replay(
     return Replay(recipes, dataset, output, target)
 
 
-def _reader(path: Path) -> RecipeReader:
+def open_unit(path: Path) -> RecipeReader:
+    """A file of recipes; each group is read when it is asked for.
+
+    Raises:
+        ValueError: as `RecipeReader`.
+    """
+
     def read(offset: int, size: int) -> bytes:
         with path.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
@@ -345,6 +353,14 @@ def _reader(path: Path) -> RecipeReader:
 
 def _tuple(value: Any) -> Any:
     return None if value is None else tuple(value)
+
+
+def _columns(
+    mixes: Sequence[ReplayedMix], names: Sequence[str], rows: Sequence[int]
+) -> list[Array]:
+    """These fields of each mix's group, at one row for each."""
+    pairs = list(zip(mixes, rows, strict=True))
+    return [np.stack([vars(mix.group)[name][row] for mix, row in pairs]) for name in names]
 
 
 def _samples(mix: ReplayedMix) -> Tensor:

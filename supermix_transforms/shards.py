@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from supermix_transforms.cache import cached_path, fetch, published_index
 from supermix_transforms.pictures import read_picture
-from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_member
+from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_members
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,8 +143,10 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         picture, label = self.read(index)
         return picture if self.transform is None else self.transform(picture), label
 
-    def read(self, index: int) -> tuple["Image", Any]:
+    def read(self, index: int, *, labelled: bool = True) -> tuple["Image", Any]:
         """The sample at `index` before the transform: picture, RGB and upright, and label.
+
+        Without `labelled` the label is not read, and None.
 
         Raises:
             UnreadableError: for a picture or a label that can not be read.
@@ -153,19 +155,19 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         shard, known, row = self._place(index)
         if shard in self._urls and not shard.exists():
             fetch(self._urls[shard], shard, sha256=known.sha256)
-        members = {
-            suffix: content
+        wanted = [
+            suffix
             for suffix in known.places
-            if (suffix in (*PICTURES, *LABELS) or callable(self.labels))
-            and (content := read_member(shard, known, row, suffix)) is not None
-        }
+            if suffix in PICTURES or (labelled and (suffix in LABELS or callable(self.labels)))
+        ]
+        members = read_members(shard, known, row, wanted)
         name = f"{known.keys[row]} in {shard}"
         suffix = next(suffix for suffix in PICTURES if suffix in members)
         try:
             picture = read_picture(name, members.pop(suffix))
         except ValueError as error:
             raise UnreadableError(str(error)) from error
-        return picture, self._label(name, members)
+        return picture, self._label(name, members) if labelled else None
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The samples of a batch; with ``on_error="skip"`` those of them that can be read."""
@@ -174,7 +176,9 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             for _, picture, label in self.readable(indices)
         ]
 
-    def readable(self, indices: Sequence[int]) -> Iterator[tuple[int, "Image", Any]]:
+    def readable(
+        self, indices: Sequence[int], *, labelled: bool = True
+    ) -> Iterator[tuple[int, "Image", Any]]:
         """Index, picture and label of each of these, as `read` gives them.
 
         With ``on_error="skip"`` those that can not be read are left out and counted.
@@ -185,7 +189,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         found = 0
         for index in indices:
             try:
-                sample = self.read(index)
+                sample = self.read(index, labelled=labelled)
             except UnreadableError as error:
                 if self.on_error == "raise":
                     raise
@@ -294,9 +298,9 @@ class ShardSampler(Sampler[int]):
 
     Shards, or groups of recipes, are permuted, and samples are shuffled among `window` of them at a
     time, so that reads stay local. The order depends on (seed, epoch) alone. Accelerate splits it
-    among ranks and calls `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in torch's
-    ``DistributedSampler``: rank r takes the samples r, r + num_replicas, ... of the order, and the
-    first ones come once more where it does not come out even.
+    among ranks and calls `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in
+    torch's ``DistributedSampler``: rank r takes the samples r, r + num_replicas, ... of the order,
+    and the first ones come once more where it does not come out even.
 
     Args:
         dataset: the samples.

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.masks import steps_of
-from supermix_transforms.quantised import LEVELS, exact_masks
+from supermix_transforms.quantised import LEVELS, exact_parts
 from supermix_transforms.recipes import Array, Group, Kind, Layout, picture_digest
 from supermix_transforms.results import Mixed, TeacherLabels
 
-__all__ = ["labels_of", "masks_of", "to_group", "weights_of"]
+__all__ = ["labels_of", "parts_of", "to_group", "weights_of"]
 
 MOST_STEPS = (1 << 16) - 1
 WHOLE = (1 << 16) - 1  # a weight of 1
@@ -20,7 +20,7 @@ def to_group(result: MixResult, *, index: Tensor, crop: Tensor, layout: Layout) 
     """The record of a batch's mixes; mixes that follow each other share pictures where they can.
 
     Args:
-        result: of pictures whose masks are multiples of 1/256: searched with ``quantised=True``,
+        result: of pictures whose masks are multiples of 1/255: searched with ``quantised=True``,
             drawn as boxes, or constant.
         index: (B,) of the originals in the data set.
         crop: (B, 5), see `views.Crop`.
@@ -133,20 +133,23 @@ def _box(mask: Array) -> Array:
 # -- and back --------------------------------------------------------------------------------------
 
 
-def masks_of(group: Group, row: int, size: tuple[int, int]) -> Tensor:
-    """Masks (k, H, W) float32 of a mix, multiples of 1/256 that sum to 1."""
+def parts_of(group: Group, row: int, size: tuple[int, int]) -> Array:
+    """Masks (k, H, W) uint8 of a mix in parts of 255, their sum."""
     kind, k = group.kind[row], group.source.shape[1]
     place = int((group.kind[:row] == kind).sum())  # among those of its kind
     if kind == Kind.LOGITS:
-        return exact_masks(torch.from_numpy(group.grid[place][None]), size)[0]
+        steps = torch.from_numpy(group.grid[place][None])
+        parts: Array = exact_parts(steps, size)[0].numpy()
+        return parts
     if kind == Kind.CONSTANT:
         share = group.share[place].astype(np.int64)
-        shares = torch.tensor([*share, LEVELS - share.sum()]) / LEVELS
-        return shares.float()[:, None, None].expand(k, *size)
-    owner = torch.zeros(size, dtype=torch.int64)
+        shares = np.array([*share, LEVELS - share.sum()], dtype=np.uint8)
+        return np.broadcast_to(shares[:, None, None], (k, *size))
+    owner = np.zeros(size, dtype=np.int64)
     for number, (top, left, bottom, right) in enumerate(group.box[place].astype(int), 1):
         owner[top:bottom, left:right] = number
-    return (owner == torch.arange(k)[:, None, None]).float()
+    boxes: Array = (LEVELS * (owner == np.arange(k)[:, None, None])).astype(np.uint8)
+    return boxes
 
 
 def weights_of(group: Group, row: int) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ __all__ = [
     "load_index",
     "make_index",
     "parse_index",
-    "read_member",
+    "read_members",
     "write_index",
 ]
 
@@ -168,39 +168,45 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
     return None if key is None else (key, suffix.lower())
 
 
-def read_member(shard: Path, index: ShardIndex, row: int, suffix: str) -> bytes | None:
-    """The content of a sample's member, or None if it has none of that suffix.
+def read_members(
+    shard: Path, index: ShardIndex, row: int, suffixes: Iterable[str]
+) -> dict[str, bytes]:
+    """The content of a sample's members of these suffixes, of those that it has.
 
-    Its header is read with it and must be what the index says.
+    A member's header is read with it and must be what the index says.
 
     Raises:
         ValueError: if the shard is not the one that was indexed any more.
     """
-    offset, size = index.places[suffix][row].tolist() if suffix in index.places else (-1, -1)
-    if offset < 0:
-        return None
-    name = f"{index.keys[row]}.{suffix}"
-    if size > MOST_MEMBER_BYTES:
-        raise ValueError(
-            f"shards: expected members of at most {MOST_MEMBER_BYTES} bytes, got {name!r} of "
-            f"{size} in {str(shard)!r}. Write smaller pictures."
-        )
-    problem = None
+    members: dict[str, bytes] = {}
+    suffix, offset = "", 0
     try:
         with shard.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)
-        header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
-        if header.size != size:
-            problem = f"a member of {header.size} bytes where {size} were"
-        elif len(content) != BLOCK + size:
-            problem = "its end before the member's"
+            for suffix in suffixes:
+                offset, size = index.places[suffix][row].tolist()
+                if offset >= 0:
+                    members[suffix] = _content(file.fileno(), offset, size)
     except (OSError, tarfile.TarError) as error:
-        problem = str(error)
-    if problem is not None:
         raise ValueError(
-            f"shards: expected {name!r} at byte {offset} of {str(shard)!r}, got {problem}. The "
-            "file has changed since it was opened; start again, and its index is made anew."
-        )
+            f"shards: expected '{index.keys[row]}.{suffix}' at byte {offset} of {str(shard)!r}, "
+            f"got {error}. The file has changed since it was opened; start again, and its index is "
+            "made anew."
+        ) from error
+    return members
+
+
+def _content(file: int, offset: int, size: int) -> bytes:
+    """What follows the header before `offset`, which must be of a member of that size."""
+    if size > MOST_MEMBER_BYTES:
+        raise tarfile.TarError(f"a member of {size} bytes, more than {MOST_MEMBER_BYTES}")
+    content = os.pread(file, BLOCK + size, offset - BLOCK)
+    if len(content) != BLOCK + size:
+        raise tarfile.TarError("the file's end before the member's")
+    header = content[:BLOCK]  # by hand: TarInfo takes as long as to read the member
+    if tarfile.nti(header[148:156]) not in tarfile.calc_chksums(header):  # type: ignore[attr-defined]
+        raise tarfile.TarError("no header before it")
+    if tarfile.nti(header[124:136]) != size:  # type: ignore[attr-defined]
+        raise tarfile.TarError(f"a member of another size where {size} bytes were")
     return content[BLOCK:]
 
 

@@ -7,10 +7,11 @@ Everything is done by Pillow, whose arithmetic is in integers: the same on any m
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Crop", "View", "ViewDraws"]
+
+Array: TypeAlias = npt.NDArray[Any]
 
 _functional: Any = F  # its annotations speak of tensors alone
 
@@ -70,7 +73,7 @@ class View:
             picture = _functional.resize(picture, list(self.resize), mode, self.max_size)
         return picture
 
-    def cut(self, picture: "Image", crop: Crop) -> Tensor:
+    def cut(self, picture: "Image", crop: Crop) -> Array:
         """The pixels (3, H, W) uint8 of a crop of a picture that was prepared.
 
         Raises:
@@ -93,7 +96,10 @@ class View:
         if (height, width) != self.size:
             mode = v2.InterpolationMode(self.crop_interpolation)
             picture = _functional.resize(picture, list(self.size), mode)
-        return F.pil_to_tensor(_functional.horizontal_flip(picture) if flip else picture)
+        if flip:
+            picture = _functional.horizontal_flip(picture)
+        # by channels: twice as fast as to turn an interleaved array round
+        return np.stack([np.asarray(channel) for channel in picture.split()])
 
 
 class ViewDraws:

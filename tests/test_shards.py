@@ -233,7 +233,7 @@ def test_ranks_share_an_epoch_and_have_equally_many(replicas):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window: expected at least 1 shard, got 0"),
+        ({"window": -1}, "window: expected at least 0 shards, got -1"),
         ({"rank": 1}, "rank, num_replicas: expected both or none, got 1 and None"),
         ({"rank": 2, "num_replicas": 2}, "rank: expected 0..1, got 2"),
     ],

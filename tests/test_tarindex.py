@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import picture, samples, write_tar
 
-from supermix_transforms.tarindex import index_path, load_index, make_index, read_member
+from supermix_transforms.tarindex import index_path, load_index, make_index, read_members
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def contents(shard, index):
     """Everything the index leads to: [{key, suffix: content}]."""
     rows = []
     for row, key in enumerate(index.keys):
-        found = {suffix: read_member(shard, index, row, suffix) for suffix in index.places}
+        found = {
+            suffix: read_members(shard, index, row, [suffix]).get(suffix) for suffix in index.places
+        }
         rows.append({"__key__": key} | {s: c for s, c in found.items() if c is not None})
     return rows
 
@@ -119,13 +121,13 @@ def test_a_shard_that_changes_under_its_index_is_an_error(shard, tmp_path):
     index = load_index(shard)
     write_tar(shard, [("x.png", picture(9)), *samples(0, 4)])
     with pytest.raises(ValueError, match=r"expected '0001.png' at byte .* has changed"):
-        read_member(shard, index, 1, "png")
+        read_members(shard, index, 1, ["png"])
     shard.write_bytes(shard.read_bytes()[:1024])
     with pytest.raises(ValueError, match="has changed"):
-        read_member(shard, index, 1, "png")
+        read_members(shard, index, 1, ["png"])
     shard.unlink()
     with pytest.raises(ValueError, match="No such file"):
-        read_member(shard, index, 1, "png")
+        read_members(shard, index, 1, ["png"])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -1,0 +1,139 @@
+"""What is in a folder of mixes, and whether all of it is as it was written."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from supermix_transforms.files import sha256_of
+from supermix_transforms.ledger import Ledger, UnitEntry
+from supermix_transforms.replaying import open_unit
+from supermix_transforms.results import Outcome
+from supermix_transforms.tarindex import make_index
+
+__all__ = ["Inspection", "inspect_mixes", "print_inspection"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A folder that `generate` wrote."""
+
+    out: str
+    form: str
+    units: int  # of the whole set
+    finished: int
+    mixes: int
+    converged: int
+    bytes: int
+    bytes_by_field: dict[str, float]  # a mix; of recipes
+    outcomes: dict[str, int]  # of recipes, if verified
+    steps: float | None  # mean, of recipes, if verified
+    verified: bool
+    problems: tuple[str, ...]  # none, or what is wrong
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
+    """Look at a folder of recipes or mixed shards.
+
+    Args:
+        out: the folder.
+        verify: read every byte: checksums, every value of every recipe, every tar to its end.
+
+    Raises:
+        ValueError: if it is no such folder. What is wrong inside of it is listed in `problems`.
+    """
+    ledger = Ledger(out)
+    settings = ledger.settings()
+    entries = ledger.entries()
+    problems = []
+    units = settings.get("units")
+    if len(entries) != units:
+        problems.append(f"{len(entries)} of {units} units are there")
+    fields: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
+    steps: list[float] = []
+    for entry in entries.values():
+        path = ledger.path(entry)
+        try:
+            if verify and sha256_of(path) != entry.sha256:
+                raise ValueError(f"{path.name}: its sha256 is not the one in the manifest")
+            if settings.get("form") == "recipes":
+                _look_at(path, entry, verify, fields, outcomes, steps)
+            elif verify and len(make_index(path)) != entry.mixes:
+                raise ValueError(f"{path.name}: expected {entry.mixes} samples, got others")
+        except ValueError as error:
+            problems.append(str(error))
+    mixes = sum(entry.mixes for entry in entries.values())
+    return Inspection(
+        out=str(ledger.folder),
+        form=str(settings.get("form")),
+        units=int(units or 0),
+        finished=len(entries),
+        mixes=mixes,
+        converged=sum(entry.converged for entry in entries.values()),
+        bytes=sum(entry.bytes for entry in entries.values()),
+        bytes_by_field={name: count / max(1, mixes) for name, count in fields.items()},
+        outcomes=dict(outcomes),
+        steps=float(np.mean(steps)) if steps else None,
+        verified=verify,
+        problems=tuple(problems),
+        settings=settings,
+        versions=ledger.versions(),
+    )
+
+
+def _look_at(
+    path: Path,
+    entry: UnitEntry,
+    verify: bool,
+    fields: Counter[str],
+    outcomes: Counter[str],
+    steps: list[float],
+) -> None:
+    """Add up a file of recipes; raises a ValueError for what does not fit its entry."""
+    reader = open_unit(path)
+    if sum(reader.counts) != entry.mixes:
+        raise ValueError(f"{path.name}: expected {entry.mixes} mixes, got {sum(reader.counts)}")
+    fields.update(reader.bytes_by_field())
+    for number in range(len(reader)) if verify else ():
+        group = reader.group(number)
+        outcomes.update(Outcome(int(value)).name for value in group.outcome)
+        steps.extend(group.steps.tolist())
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """The summary on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    i = inspection
+    console.print(
+        f"{i.mixes:,} mixes ({i.form}) in {i.finished:,} of {i.units:,} units, {decimal(i.bytes)}, "
+        f"converged {i.converged / max(1, i.mixes):.1%}",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("field")
+    table.add_column("bytes a mix", justify="right")
+    for name, each in i.bytes_by_field.items():
+        table.add_row(name, f"{each:.1f}")
+    if i.bytes_by_field:
+        table.add_section()
+        table.add_row("all", f"{sum(i.bytes_by_field.values()):.1f}")
+        console.print(table)
+    if i.outcomes:
+        console.print("outcomes: " + ", ".join(f"{n} {c:,}" for n, c in i.outcomes.items()))
+    shown = ("mix", "k", "alpha", "partners", "passes", "top", "seed", "num_classes")
+    console.print("  ".join(f"{name} {i.settings.get(name)}" for name in shown), soft_wrap=True)
+    console.print("  ".join(f"{name} {text}" for name, text in i.versions.items()), soft_wrap=True)
+    for problem in i.problems:
+        console.print(f"WRONG: {problem}", markup=False, soft_wrap=True)
+    if i.verified and not i.problems:
+        console.print("all of it is as it was written")
