@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+from torchvision.transforms import v2
 
 import supermix_transforms
 from supermix_transforms.bench import METHODS, BenchReport, bench, print_report
@@ -18,9 +21,16 @@ from supermix_transforms.demo import (
     named_labeler,
     print_summary,
 )
+from supermix_transforms.generation import (
+    GenerateSummary,
+    generate,
+    print_generated,
+    process_state,
+)
+from supermix_transforms.inspection import Inspection, inspect_mixes, print_inspection
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
-from supermix_transforms.shards import IndexSummary, index_shards, print_index
+from supermix_transforms.shards import IndexSummary, ShardDataset, index_shards, print_index
 from supermix_transforms.solver import SolverSettings
 
 DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
@@ -42,25 +52,49 @@ example:
 
 Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use."""
 
+GENERATE_EXAMPLE = """\
+examples:
+  supermix generate --shards 'imagenet/train-{0000..1281}.tar' --teacher torchvision/resnet50 \\
+      --out recipes/ --dry-run
+  accelerate launch --multi_gpu --num_processes 8 -m supermix_transforms.cli generate \\
+      --shards 'imagenet/train-{0000..1281}.tar' --teacher torchvision/resnet50 --out recipes/
+
+Started again with the same options, it goes on where it was stopped."""
+INSPECT_EXAMPLE = """\
+example:
+  supermix inspect recipes/ --verify
+
+Exit code 1 if something is wrong or not finished."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 2 for an error, 130 when interrupted."""
+    """Run a command line.
+
+    Returns:
+        The exit code: 0; 1 where `inspect` found something wrong; 2 for an error; 130 when
+        interrupted, 143 when terminated.
+    """
     arguments = _parser().parse_args(argv)
     try:
         # What a teacher's own code prints must not get into the JSON.
         with contextlib.redirect_stdout(sys.stderr):
             result = arguments.run(arguments)
+        if getattr(result, "process", 0) > 0:
+            return 0  # the first one of a launch speaks for all
         if arguments.json:
             print(json.dumps(asdict(result)))
         else:
             arguments.show(result)
+        return 1 if getattr(result, "problems", ()) else 0
     except (ValueError, ImportError, OSError) as error:
         print(f"supermix: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("supermix: interrupted", file=sys.stderr)
         return 130
-    return 0
+    except _Terminated:
+        print("supermix: terminated; what is finished stays, start again to go on", file=sys.stderr)
+        return 143
 
 
 def _demo(arguments: argparse.Namespace) -> MixSummary:
@@ -121,6 +155,79 @@ def _index(arguments: argparse.Namespace) -> IndexSummary:
     return index_shards(arguments.shards)
 
 
+def _generate(arguments: argparse.Namespace) -> GenerateSummary:
+    state = process_state()
+    teacher = load_teacher(arguments.teacher, weights=arguments.weights)
+    size = arguments.size or teacher.size or 224
+    dataset = ShardDataset(
+        arguments.shards,
+        transform=VIEWS[arguments.view](size),
+        cache_dir=arguments.cache_dir,
+        on_error=arguments.on_error,
+    )
+    device = arguments.device or str(state.device)
+    try:
+        with _terminable():
+            return generate(
+                dataset,
+                named_labeler(teacher, mean=arguments.mean, std=arguments.std, device=device),
+                arguments.out,
+                mix=arguments.mix,
+                k=arguments.k,
+                alpha=arguments.alpha,
+                partners=arguments.partners,
+                partner_cap=arguments.partner_cap,
+                settings=SolverSettings(method=arguments.method, mask_size=arguments.mask_size),
+                unconverged=arguments.unconverged,
+                passes=arguments.passes,
+                form=arguments.form,
+                picture_format=arguments.picture_format,
+                quality=arguments.quality,
+                top=arguments.top or None,
+                batch_size=arguments.batch_size,
+                unit_batches=arguments.unit_batches,
+                window=arguments.window,
+                seed=arguments.seed,
+                num_workers=arguments.num_workers,
+                dry_run=arguments.dry_run,
+            )
+    finally:
+        state.destroy_process_group()
+
+
+VIEWS: dict[str, Any] = {
+    "random-resized-crop": lambda size: v2.Compose(
+        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    ),
+    "random-crop": lambda size: v2.Compose(
+        [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+    ),
+    "center-crop": lambda size: v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)]),
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises inside, so that files are closed and workers ended."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _inspect(arguments: argparse.Namespace) -> Inspection:
+    return inspect_mixes(arguments.folder, verify=arguments.verify)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="supermix", description="Mix images under a teacher's supervision (SuperMix)."
@@ -143,20 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     _teacher_options(command, required=True)
     add = command.add_argument
     add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
-    methods = get_args(get_type_hints(SolverSettings)["method"])
-    add("--method", choices=methods, default="fast", help="how masks are searched for")
-    add(
-        "--partners",
-        choices=("random", "matched"),
-        default="random",
-        help="matched: pictures that the teacher's class maps say mix well",
-    )
-    add(
-        "--mask-size",
-        type=int,
-        metavar="CELLS",
-        help="a side; 16, or 8 for small pictures and the paper's methods, if left out",
-    )
+    _search_options(command)
     add("--count", type=int, help="mixes for each k; one for each picture, if left out")
     add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
     _output_options(command, out=None)
@@ -190,7 +284,78 @@ def _parser() -> argparse.ArgumentParser:
         help="tars, folders of them, or patterns such as train-{000..127}.tar",
     )
     _json_option(command)
+
+    command = _command(
+        commands,
+        "generate",
+        "write the mixed set once, as recipes or as mixed shards, on any number of processes",
+        GENERATE_EXAMPLE,
+    )
+    command.set_defaults(run=_generate, show=print_generated)
+    _generate_options(command)
+
+    command = _command(
+        commands, "inspect", "say what is in a folder that generate wrote", INSPECT_EXAMPLE
+    )
+    command.set_defaults(run=_inspect, show=print_inspection)
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("--verify", action="store_true", help="read and check every byte")
+    _json_option(command)
     return parser
+
+
+def _generate_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--shards", nargs="+", required=True, metavar="TAR|DIR|URL", help="labelled pictures")
+    add("--cache-dir", metavar="DIR", help="for copies of shards from elsewhere")
+    add("--on-error", choices=("raise", "skip"), default="raise", help="samples not readable")
+    _teacher_options(command, required=True, images=False, alpha=None)
+    add("--view", choices=tuple(VIEWS), default="random-resized-crop", help="of each picture")
+    add(
+        "--as",
+        dest="form",
+        choices=("recipes", "shards"),
+        default="recipes",
+        help="recipes: some 200 bytes a mix, for replay; shards: tars of mixed pictures",
+    )
+    add("--picture-format", choices=("png", "webp", "jpg"), default="png", help="in shards")
+    add("--quality", type=int, default=95, help="of webp and jpg")
+    add("--mix", choices=("supermix", "mixup", "cutmix"), default="supermix", help="what is made")
+    add("--k", type=int, default=2, help="pictures a mix")
+    _search_options(command)
+    add("--partner-cap", type=int, default=2, help="uses of a picture as a partner (matched)")
+    add(
+        "--unconverged",
+        choices=("keep", "drop", "redraw"),
+        default="keep",
+        help="mixes in which the teacher does not see all classes",
+    )
+    add("--passes", type=int, default=1, help="mixes made of each picture")
+    add("--top", type=int, default=10, help="classes kept of the teacher's labels; 0: all")
+    add("--batch-size", type=int, default=256, help="pictures mixed together")
+    add("--unit-batches", type=int, default=8, help="batches a file")
+    add("--window", type=int, default=16, help="shards that are shuffled together")
+    add("--num-workers", type=int, default=0, help="processes that read pictures")
+    add("--dry-run", action="store_true", help="mix a few, write nothing, say what it would take")
+    _output_options(command, out=None)
+
+
+def _search_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    methods = get_args(get_type_hints(SolverSettings)["method"])
+    add("--method", choices=methods, default="fast", help="how masks are searched for")
+    add(
+        "--partners",
+        choices=("random", "matched"),
+        default="random",
+        help="matched: pictures that the teacher's class maps say mix well",
+    )
+    add(
+        "--mask-size",
+        type=int,
+        metavar="CELLS",
+        help="a side; 16, or 8 for small pictures and the paper's methods, if left out",
+    )
 
 
 def _command(
@@ -208,14 +373,21 @@ def _command(
     )
 
 
-def _teacher_options(command: argparse.ArgumentParser, required: bool) -> None:
+def _teacher_options(
+    command: argparse.ArgumentParser,
+    required: bool,
+    *,
+    images: bool = True,
+    alpha: float | None = 3.0,
+) -> None:
     add = command.add_argument
-    add(
-        "--images",
-        required=required,
-        metavar="DIR|TAR",
-        help="folder of pictures, or WebDataset tar",
-    )
+    if images:
+        add(
+            "--images",
+            required=required,
+            metavar="DIR|TAR",
+            help="folder of pictures, or WebDataset tar",
+        )
     add(
         "--teacher",
         required=required,
@@ -225,7 +397,8 @@ def _teacher_options(command: argparse.ArgumentParser, required: bool) -> None:
         "(a function without arguments; that file is run)",
     )
     add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
-    add("--alpha", type=float, default=3.0, help="of the weights' Dirichlet distribution")
+    known = "" if alpha is not None else "; 3 for supermix, 1 for the others, if left out"
+    add("--alpha", type=float, default=alpha, help=f"of the weights' Dirichlet distribution{known}")
     add("--size", type=int, metavar="PIXELS", help="side of the mixes; the teacher's own, or 224")
     add("--mean", type=float, nargs="+", help="of each channel in 0..1, instead of the teacher's")
     add("--std", type=float, nargs="+", help="with --mean")

@@ -42,7 +42,7 @@ from supermix_transforms.teacher import TeacherLabeler, as_labeler
 from supermix_transforms.transforms import CutMix, MixUp
 from supermix_transforms.views import ViewDraws
 
-__all__ = ["GenerateSummary", "generate", "print_generated"]
+__all__ = ["GenerateSummary", "generate", "print_generated", "process_state"]
 
 Form: TypeAlias = Literal["recipes", "shards"]
 MixName: TypeAlias = Literal["supermix", "mixup", "cutmix"]
@@ -57,6 +57,7 @@ class GenerateSummary:
 
     out: str
     form: str
+    process: int  # of these, whose summary this is
     processes: int
     units: int  # of the whole set
     finished: int  # of these
@@ -135,10 +136,8 @@ def generate(
             that can not be read (`ShardDataset`), and a process that ended before its units were
             finished. What is finished stays.
     """
-    from accelerate import PartialState
-
     _check_choices(mix, form, picture_format, quality, top, passes, batch_size, unit_batches)
-    state = PartialState()
+    state = process_state()
     labeler = as_labeler(teacher)
     draws = ViewDraws(dataset.transform, seed=seed)
     if alpha is None:
@@ -206,6 +205,16 @@ def generate(
         processes=state.num_processes,
     )
     return run.measure(asked) if dry_run else run.write(asked, versions())
+
+
+def process_state() -> Any:
+    """Accelerate's, with the number of this process; a machine without an accelerator is one too.
+
+    Left alone, Accelerate takes processes that torchrun started there for one process each.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 # -- which mixes, in which files -------------------------------------------------------------------
@@ -504,6 +513,7 @@ class _Run:
         return GenerateSummary(
             out=str(self._ledger.folder),
             form=self._form,
+            process=self._rank,
             processes=self._processes,
             units=len(self._order),
             finished=len(entries),
