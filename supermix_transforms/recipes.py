@@ -68,7 +68,7 @@ class Layout:
             if name == "settings":
                 if not isinstance(value, str) or len(value) > 64:
                     raise ValueError(f"settings: expected a sha256, got {str(value)[:80]!r}.")
-            elif not isinstance(value, int) or not 1 <= value <= MOST[name]:
+            elif type(value) is not int or not 1 <= value <= MOST[name]:  # True is none
                 raise ValueError(f"{name}: expected 1..{MOST[name]}, got {value!r}.")
         if self.top > self.num_classes:
             raise ValueError(f"top: expected at most {self.num_classes} classes, got {self.top}.")

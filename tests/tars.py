@@ -2,9 +2,14 @@
 
 import io
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
+import torch
+from colours import pictures
 from PIL import Image
+
+from supermix_transforms.pictures import png
 
 
 def picture(shade: int, kind: str = "PNG", size: tuple[int, int] = (6, 5)) -> bytes:
@@ -28,6 +33,22 @@ def samples(first: int, count: int) -> list[tuple[str, bytes]]:
     for number in range(first, first + count):
         parts += [(f"{number:04}.cls", str(number).encode()), (f"{number:04}.png", picture(number))]
     return parts
+
+
+def write_colours(folder: Path, count: int = 22, size: tuple[int, int] = (20, 24)) -> list[Path]:
+    """Three shards of pictures of one colour each, for the teachers of `colours`."""
+    images, labels = pictures(count, size=size, dtype=torch.uint8)
+    starts = [0, count // 3, count // 2, count]
+    shards = []
+    for number, (first, last) in enumerate(pairwise(starts)):
+        members = []
+        for row in range(first, last):
+            members += [
+                (f"{row:04}.cls", str(int(labels[row])).encode()),
+                (f"{row:04}.png", png(images[row])),
+            ]
+        shards.append(write_tar(folder / f"colours-{number}.tar", members))
+    return shards
 
 
 def write_shards(folder: Path, lengths: list[int]) -> list[Path]:

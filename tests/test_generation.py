@@ -1,0 +1,288 @@
+"""D' written in units: the same bytes whatever happens on the way, and clear errors."""
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict
+
+import pytest
+import torch
+from colours import NUM_CLASSES, Stubborn, colour_teacher
+from tars import write_colours
+from torchvision.transforms import v2
+
+from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
+from supermix_transforms.generation import print_generated
+from supermix_transforms.inspection import inspect_mixes
+from supermix_transforms.ledger import Ledger
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
+SMALL = {"batch_size": 5, "unit_batches": 2, "settings": SolverSettings(mask_size=4)}
+COUNT = 22
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colours")
+    write_colours(folder, COUNT)
+    return folder
+
+
+@pytest.fixture
+def dataset(shards):
+    return ShardDataset(shards, transform=VIEW)
+
+
+def run(dataset, out, teacher=None, **options):
+    return generate(dataset, teacher or colour_teacher(), out, **{**SMALL, **options})
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All files but those that may differ between runs."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if "manifest" not in path.name
+    }
+
+
+@pytest.mark.parametrize("form", ["recipes", "shards"])
+def test_every_sample_of_every_pass_becomes_a_mix(dataset, tmp_path, form):
+    summary = run(dataset, tmp_path, passes=2, form=form)
+    assert (summary.units, summary.finished, summary.mixes) == (6, 6, 2 * COUNT)
+    assert summary.made == 2 * COUNT
+    assert summary.converged >= 0.9 * summary.mixes
+    assert (summary.left_mixes, summary.left_hours) == (0, 0)
+    suffix = {"recipes": "recipe", "shards": "tar"}[form]
+    names = [f"{epoch:03}-{unit:06}.{suffix}" for epoch in range(2) for unit in range(3)]
+    assert [name for name in contents(tmp_path) if name != "settings.json"] == names
+    found = inspect_mixes(tmp_path, verify=True)
+    assert found.problems == ()
+    assert summary.bytes == found.bytes == sum((tmp_path / name).stat().st_size for name in names)
+
+
+@pytest.mark.parametrize("form", ["recipes", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_settings_give_the_same_bytes(dataset, tmp_path, form, workers):
+    run(dataset, tmp_path / "a", form=form)
+    run(dataset, tmp_path / "b", form=form, num_workers=workers)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    run(dataset, tmp_path / "c", form=form, seed=1)
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_passes_differ_and_more_of_them_change_none(dataset, tmp_path):
+    run(dataset, tmp_path / "a", passes=1)
+    run(dataset, tmp_path / "b", passes=2)
+    once, twice = (Ledger(tmp_path / name).entries() for name in "ab")
+    assert [twice[unit].mixes for unit in once] == [once[unit].mixes for unit in once]
+    recipes = contents(tmp_path / "b")
+    assert recipes["000-000000.recipe"] != recipes["001-000000.recipe"]
+
+
+def test_it_goes_on_where_it_was_stopped(dataset, tmp_path):
+    run(dataset, tmp_path / "whole")
+    run(dataset, tmp_path / "parts")
+    folder = tmp_path / "parts"
+    (folder / "000-000001.recipe").unlink()  # lost
+    (folder / ".000-000001.recipe.0f").write_bytes(b"begun")
+    manifest = folder / "manifest.jsonl"
+    kept = [line for line in manifest.read_text().splitlines(True) if "000-000002" not in line]
+    manifest.write_text("".join(kept))  # whole, but not entered
+    before = (folder / "000-000000.recipe").stat().st_mtime_ns
+    summary = run(dataset, folder)
+    assert summary.made == COUNT - 10
+    assert (folder / "000-000000.recipe").stat().st_mtime_ns == before
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert run(dataset, folder).made == 0
+
+
+def test_a_dry_run_writes_nothing_and_says_what_is_left(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    summary = run(dataset, out, dry_run=True, passes=3)
+    assert not out.exists()
+    assert (summary.units, summary.finished, summary.left_mixes) == (9, 0, 3 * COUNT)
+    assert summary.left_hours > 0
+    assert summary.left_bytes == pytest.approx(summary.bytes_per_mix * 3 * COUNT, abs=1)
+    print_generated(summary)
+    assert "left: 66 mixes in 9 units" in capsys.readouterr().out
+    run(dataset, out, passes=3)
+    assert run(dataset, out, dry_run=True, passes=3).left_mixes == 0
+    with pytest.raises(ValueError, match="got others: passes 3, now 2; units 9, now 6"):
+        run(dataset, out, dry_run=True, passes=2)
+
+
+def test_a_teacher_of_other_weights_is_another_setting(dataset, tmp_path):
+    run(dataset, tmp_path)
+    other = colour_teacher()
+    with torch.no_grad():
+        other[0].weight.mul_(1.001)
+    with pytest.raises(ValueError, match="got others: teacher "):
+        run(dataset, tmp_path, other)
+
+
+def test_shards_that_changed_are_another_setting(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    run(ShardDataset(copy, transform=VIEW), tmp_path / "out")
+    tar = copy / "colours-0.tar"
+    content = bytearray(tar.read_bytes())
+    content[512] = ord("3")  # the first label
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match="got others: shards "):
+        run(ShardDataset(copy, transform=VIEW), tmp_path / "out")
+
+
+def test_a_shard_that_vanishes_on_the_way_is_an_error_and_units_stay(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    dataset = ShardDataset(copy, transform=VIEW)
+    (copy / "colours-2.tar").unlink()
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="The file has changed since it was opened"):
+        run(dataset, out, window=1)
+    assert len(Ledger(out).entries()) < 3
+    shutil.copy2(shards / "colours-2.tar", copy)
+    assert run(dataset, out, window=1).finished == 3
+
+
+def test_a_full_disk_is_an_error_and_nothing_half_written_stays(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "whole")
+    out = tmp_path / "out"
+    fsync, calls = __import__("os").fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:  # settings, unit 0, its entry, unit 1
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(ValueError, match=r"with room to write to.*No space left on device"):
+            run(dataset, out)
+    assert sorted(contents(out)) == ["000-000000.recipe", "settings.json"]
+    run(dataset, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_read_only_folder_is_an_error(dataset, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(ValueError, match=r"with room to write to.*Permission denied"):
+        run(dataset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_picture_that_can_not_be_read(shards, tmp_path, on_error):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    tar = copy / "colours-1.tar"
+    content = tar.read_bytes()
+    at = content.index(b"\x89PNG")
+    tar.write_bytes(content[:at] + bytes(8) + content[at + 8 :])
+    dataset = ShardDataset(copy, transform=VIEW, on_error=on_error)
+    if on_error == "raise":
+        with pytest.raises(ValueError, match="which Pillow can not read"):
+            run(dataset, tmp_path / "out")
+        return
+    with pytest.warns(UserWarning, match="1 samples skipped"):
+        summary = run(dataset, tmp_path / "out")
+    assert (summary.mixes, summary.skipped) == (COUNT - 1, 1)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_other_mixes(dataset, tmp_path, mix, k):
+    summary = run(dataset, tmp_path, mix=mix, k=k)
+    unmixed = COUNT % SMALL["batch_size"] if k == 3 else 0  # the last batch has two pictures
+    assert (summary.mixes, summary.converged) == (COUNT, COUNT - unmixed)
+    assert Ledger(tmp_path).settings()["alpha"] == 1
+    verified = inspect_mixes(tmp_path, verify=True)
+    assert verified.problems == ()
+    field = {"mixup": "share", "cutmix": "box"}[mix]
+    assert verified.bytes_by_field[field] > 1 > verified.bytes_by_field["grid"]
+
+
+def test_unconverged_mixes_are_kept_or_dropped(dataset, tmp_path):
+    settings = SolverSettings(mask_size=4, max_steps=2)
+    kept = run(dataset, tmp_path / "a", Stubborn(), settings=settings)
+    dropped = run(dataset, tmp_path / "b", Stubborn(), settings=settings, unconverged="drop")
+    assert kept.mixes == COUNT
+    assert kept.converged == dropped.converged == dropped.mixes < COUNT
+    assert inspect_mixes(tmp_path / "b", verify=True).outcomes.keys() <= {"CONVERGED"}
+
+
+def test_a_last_batch_of_fewer_than_k_stays_unmixed(dataset, tmp_path):
+    summary = run(dataset, tmp_path, batch_size=7, k=3)  # 7, 7, 7, 1
+    assert summary.mixes == COUNT
+    assert inspect_mixes(tmp_path, verify=True).outcomes["UNMIXED"] == 1
+
+
+def test_the_temperature_is_that_of_the_labels(dataset, tmp_path):
+    labeler = TeacherLabeler(colour_teacher(), temperature=4.0, top=2)
+    run(dataset, tmp_path, labeler)
+    settings = Ledger(tmp_path).settings()
+    assert (settings["temperature"], settings["top"]) == (4.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix": "none"}, "mix: expected one of"),
+        ({"form": "tar"}, "form: expected one of"),
+        ({"picture_format": "gif"}, "picture_format: expected one of"),
+        ({"quality": 101}, "quality: expected an integer in 1..100"),
+        ({"top": 0}, "top: expected an integer"),
+        ({"passes": 0}, "passes: expected an integer in 1..999"),
+        ({"batch_size": 0}, "batch_size: expected an integer"),
+        ({"unit_batches": 1.5}, "unit_batches: expected an integer"),
+        ({"k": 1}, "k: expected an integer of at least 2"),
+        ({"k": 8}, "expected batches of at least k=8 pictures, got 5"),
+        ({"alpha": -1.0}, "alpha: expected a positive number"),
+        ({"window": -1}, "window: expected at least 0"),
+        ({"partners": "near"}, "partners: expected"),
+        ({"unconverged": "burn"}, "unconverged: expected one of"),
+        ({"settings": SolverSettings(mask_size=17)}, "mask_size: expected at most 16 cells"),
+    ],
+)
+def test_settings_out_of_range_are_errors_and_nothing_is_entered(
+    dataset, tmp_path, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        run(dataset, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out/*.recipe"))
+
+
+def test_a_transform_that_is_no_view_is_an_error(shards, tmp_path):
+    dataset = ShardDataset(shards, transform=v2.Compose([v2.CenterCrop(8), v2.RandomGrayscale()]))
+    with pytest.raises(ValueError, match="Recipes store rectangles and flips only"):
+        run(dataset, tmp_path)
+
+
+def test_a_process_that_ended_before_its_units_is_noticed(dataset, tmp_path, monkeypatch):
+    """The first of two processes, whose other one never came."""
+    state = type("State", (), {"process_index": 0, "num_processes": 2})
+    monkeypatch.setattr("supermix_transforms.generation.process_state", state)
+    monkeypatch.setattr("supermix_transforms.generation.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("supermix_transforms.generation.POLL_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
+        run(dataset, tmp_path)
+    assert sorted(Ledger(tmp_path).entries()) == ["000-000000", "000-000002"]
+    monkeypatch.undo()
+    assert run(dataset, tmp_path).made == 10
+
+
+def test_the_summary_is_json(dataset, tmp_path, capsys):
+    with warnings.catch_warnings():
+        summary = run(dataset, tmp_path)
+    assert json.loads(json.dumps(asdict(summary)))["mixes"] == COUNT
+    print_generated(summary)
+    shown = capsys.readouterr().out
+    assert "22 mixes (recipes) in 3 of 3 units" in shown
+    assert "left:" not in shown
+
+
+def test_num_classes_may_be_few(dataset, tmp_path):
+    run(dataset, tmp_path, top=None)
+    assert Ledger(tmp_path).settings()["top"] == NUM_CLASSES

@@ -1,0 +1,138 @@
+"""The folder of mixes: what is entered, what is not, and who may write."""
+
+import json
+
+import pytest
+
+from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint
+
+SETTINGS = {"k": 2, "shards": [{"name": "a.tar"}]}
+
+
+def entry(folder, name: str, content: bytes = b"content") -> UnitEntry:
+    (folder / name).write_bytes(content)
+    return UnitEntry(name.split(".")[0], name, 5, 4, len(content), "0" * 64)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "out")
+
+
+def begin(ledger: Ledger, settings=SETTINGS) -> None:
+    with ledger.writing(settings, {"torch": "1"}, 0):
+        pass
+
+
+def test_entries_are_read_back(ledger):
+    with ledger.writing(SETTINGS, {"torch": "1"}, 0):
+        first = entry(ledger.folder, "000-000000.recipe")
+        second = entry(ledger.folder, "000-000001.recipe")
+        ledger.enter(first)
+        ledger.enter(second)
+    assert Ledger(ledger.folder).entries() == {first.unit: first, second.unit: second}
+    assert ledger.settings() == SETTINGS
+    assert ledger.versions() == {"torch": "1"}
+
+
+def test_a_line_that_was_cut_is_overwritten(ledger):
+    begin(ledger)
+    first, second = (entry(ledger.folder, f"000-00000{i}.recipe") for i in range(2))
+    ledger.enter(first)
+    manifest = ledger.folder / "manifest.jsonl"
+    with manifest.open("ab") as file:
+        file.write(b'{"unit": "000-0000')
+    assert list(ledger.entries()) == [first.unit]
+    ledger.enter(second)
+    assert list(ledger.entries()) == [first.unit, second.unit]
+    assert len(manifest.read_text().splitlines()) == 2
+
+
+def test_a_unit_whose_file_is_gone_or_short_is_not_finished(ledger):
+    begin(ledger)
+    first, second = (entry(ledger.folder, f"000-00000{i}.recipe") for i in range(2))
+    ledger.enter(first)
+    ledger.enter(second)
+    ledger.path(first).unlink()
+    ledger.path(second).write_bytes(b"con")
+    assert ledger.entries() == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "{}", "[1]", '{"unit": "a", "file": "../b", "mixes": 1}', "[" * 9999]
+)
+def test_a_line_that_is_none_is_an_error(ledger, line):
+    begin(ledger)
+    (ledger.folder / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="expected a unit in each line"):
+        ledger.entries()
+
+
+def test_a_file_outside_of_the_folder_is_an_error(ledger):
+    begin(ledger)
+    wrong = UnitEntry("a", "../a", 1, 1, 1, "")
+    (ledger.folder / "manifest.jsonl").write_text(json.dumps(vars(wrong)) + "\n")
+    with pytest.raises(ValueError, match="a file outside of the folder"):
+        ledger.entries()
+
+
+def test_other_settings_than_those_begun_with_are_named(ledger):
+    begin(ledger)
+    begin(ledger)  # the same
+    with pytest.raises(ValueError, match=r"got others: k 2, now 3\. Use those"):
+        begin(ledger, {**SETTINGS, "k": 3})
+    with pytest.raises(ValueError, match="got others: seed null, now 1"):
+        begin(ledger, {**SETTINGS, "seed": 1})
+
+
+def test_two_at_once_are_one_too_many(ledger):
+    other = Ledger(ledger.folder)
+    with ledger.writing(SETTINGS, {}, 0):
+        with (
+            pytest.raises(ValueError, match="where another run is at work"),
+            other.writing(SETTINGS, {}, 0),
+        ):
+            pass
+        with other.writing(SETTINGS, {}, 1):  # another process of the same run
+            assert ledger.is_alive(1)
+        assert not ledger.is_alive(1)
+    begin(other)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", b"{}", b'{"format": "supermix-mixes", "version": 9}', b"[" * 99999],
+)
+def test_settings_that_are_damaged_are_an_error(ledger, content):
+    ledger.folder.mkdir()
+    (ledger.folder / "settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match="expected a folder that `supermix generate` wrote"):
+        ledger.settings()
+
+
+def test_a_manifest_without_settings_is_not_taken_over(ledger):
+    begin(ledger)
+    ledger.enter(entry(ledger.folder, "000-000000.recipe"))
+    (ledger.folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"expected settings\.json beside manifest\.jsonl"):
+        begin(ledger)
+
+
+def test_a_folder_that_can_not_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out: expected a folder with room to write to"):
+        begin(Ledger(tmp_path / "file" / "out"))
+
+
+def test_what_killed_processes_left_is_swept(ledger):
+    begin(ledger)
+    names = [".000-000000.recipe.ab12", ".000-000001.recipe.cd34", "000-000000.recipe"]
+    for name in names:
+        (ledger.folder / name).write_text("")
+    ledger.sweep({"000-000000"})
+    assert {name for name in names if (ledger.folder / name).exists()} == set(names[1:])
+
+
+def test_the_fingerprint_is_of_the_content():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
