@@ -29,6 +29,7 @@ from supermix_transforms.mixedshards import (
     decoded,
     encode_pictures,
     samples_of,
+    write_info,
     write_tar,
 )
 from supermix_transforms.mixing import Draw
@@ -311,6 +312,9 @@ class _Maker(Protocol):
     def write(self, file: BinaryIO, unit: str, made: list[Any]) -> None:
         """A unit."""
 
+    def finish(self, ledger: Ledger) -> None:
+        """When all units are there."""
+
 
 class _Recipes:
     suffix = ".recipe"
@@ -324,6 +328,9 @@ class _Recipes:
 
     def write(self, file: BinaryIO, unit: str, made: list[Group]) -> None:
         file.write(encode(self._layout, made))
+
+    def finish(self, ledger: Ledger) -> None:
+        pass
 
 
 class _Shards:
@@ -361,6 +368,9 @@ class _Shards:
 
     def write(self, file: BinaryIO, unit: str, made: list[list[dict[str, Any]]]) -> None:
         write_tar(file, unit, itertools.chain.from_iterable(made))
+
+    def finish(self, ledger: Ledger) -> None:
+        write_info(ledger.folder, sorted(ledger.entries().values(), key=lambda each: each.unit))
 
 
 class _WholeMixUp(MixUp):
@@ -417,6 +427,7 @@ class _Run:
                 self._seconds = time.perf_counter() - start
                 if self._rank == 0:
                     self._wait_for_others(show)
+                    self._maker.finish(self._ledger)
         return self._summary()
 
     def measure(self, asked: dict[str, Any]) -> GenerateSummary:

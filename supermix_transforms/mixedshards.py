@@ -3,16 +3,19 @@
 import io
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from supermix_transforms.files import write_atomically
+from supermix_transforms.ledger import UnitEntry
 from supermix_transforms.pictures import read_picture
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
-__all__ = ["PictureFormat", "decoded", "encode_pictures", "samples_of", "write_tar"]
+__all__ = ["PictureFormat", "decoded", "encode_pictures", "samples_of", "write_info", "write_tar"]
 
 PictureFormat: TypeAlias = Literal["png", "webp", "jpg"]
 SAVE: dict[str, dict[str, Any]] = {
@@ -95,6 +98,18 @@ def samples_of(
             sample["soft.npy"] = array.getvalue()
         samples.append(sample)
     return samples
+
+
+def write_info(folder: Path, entries: Sequence[UnitEntry]) -> None:
+    """``_info.json``, in which timm looks for the shards of a split, "train", and their lengths."""
+    split = {
+        "name": "train",
+        "num_samples": sum(entry.mixes for entry in entries),
+        "filenames": [entry.file for entry in entries],
+        "shard_lengths": [entry.mixes for entry in entries],
+    }
+    content = json.dumps({"splits": {"train": split}}, indent=1) + "\n"
+    write_atomically(folder / "_info.json", content.encode())
 
 
 def write_tar(file: BinaryIO, unit: str, samples: Iterable[dict[str, bytes]]) -> None:

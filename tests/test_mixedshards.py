@@ -1,0 +1,154 @@
+"""Mixed shards, read by others: webdataset, timm, Hugging Face datasets."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from colours import NUM_CLASSES, colour_teacher
+from tars import write_colours
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from supermix_transforms import ShardDataset, TeacherLabeler, generate
+from supermix_transforms.mixedshards import decoded, encode_pictures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+COUNT = 22
+FORMATS = ["png", "webp", "jpg"]
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def mixed(request, tmp_path_factory):
+    """A folder of mixed shards, and the suffix of its pictures."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_colours(folder, COUNT)
+    dataset = ShardDataset(folder, transform=v2.RandomCrop(16, padding=2))
+    out = folder / "mixed"
+    generate(
+        dataset,
+        colour_teacher(),
+        out,
+        form="shards",
+        picture_format=request.param,
+        quality=60,
+        top=2,
+        batch_size=6,
+        unit_batches=2,
+    )
+    return out, request.param
+
+
+def tars(folder) -> list[str]:
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+def expected(picture: torch.Tensor) -> torch.Tensor:
+    """The teacher's probabilities for a picture as it is read."""
+    return TeacherLabeler(colour_teacher())(picture[None]).probs[0]
+
+
+def test_webdataset_reads_picture_class_soft_label_and_sources(mixed):
+    import webdataset as wds
+
+    folder, suffix = mixed
+    samples = list(wds.WebDataset(tars(folder), shardshuffle=False).decode("pil"))
+    assert len(samples) == COUNT
+    for sample in samples:
+        probs = expected(pil_to_tensor(sample[suffix]))
+        label, source = sample["soft.json"], sample["json"]
+        assert sample["cls"] == int(probs.argmax()) == label["indices"][0]
+        kept = torch.tensor(label["log_probs"]).exp()
+        assert torch.allclose(kept, probs[label["indices"]], atol=2e-3)
+        assert label["rest"] == pytest.approx(1 - float(kept.sum()), abs=2e-3)
+        assert source.keys() == {"sources", "crops", "weights", "outcome", "steps", "pass"}
+        assert len(source["sources"]) == len(source["weights"]) == len(source["crops"]) == 2
+        assert sum(source["weights"]) == pytest.approx(1, abs=1e-5)
+        assert source["sources"][0].startswith("colours-")
+    own = [sample["json"]["sources"][0] for sample in samples]
+    assert len(set(own)) == COUNT  # each once
+
+
+def test_timm_reads_them(mixed):
+    from timm.data import create_dataset
+
+    folder, _ = mixed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's and webdataset's own
+        dataset = create_dataset(
+            "wds/",
+            root=str(folder),
+            split="train",
+            is_training=False,
+            batch_size=4,
+        )
+        samples = list(dataset)
+    assert len(dataset) == COUNT
+    assert len(samples) == COUNT
+    for picture, label in samples:
+        assert label == int(expected(pil_to_tensor(picture)).argmax())
+
+
+def test_hugging_face_datasets_reads_them(mixed, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    folder, suffix = mixed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # datasets' own
+        found = datasets.load_dataset(
+            "webdataset",
+            data_files={"train": tars(folder)},
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        rows = [found[number] for number in range(len(found))]
+    assert len(rows) == COUNT
+    for row in rows:
+        probs = expected(pil_to_tensor(row[suffix]))
+        assert int(row["cls"]) == int(probs.argmax())
+        assert row["soft.json"]["indices"][0] == int(probs.argmax())
+        assert row["json"]["pass"] == 0
+
+
+def test_a_whole_label_is_an_array(tmp_path):
+    import webdataset as wds
+
+    write_colours(tmp_path, COUNT)
+    dataset = ShardDataset(tmp_path, transform=v2.CenterCrop(16))
+    generate(dataset, colour_teacher(), tmp_path / "out", form="shards", top=None, batch_size=11)
+    for sample in wds.WebDataset(tars(tmp_path / "out"), shardshuffle=False).decode("pil"):
+        assert sample["soft.npy"].shape == (NUM_CLASSES,)
+        assert sample["soft.npy"].dtype == np.float16
+        probs = expected(pil_to_tensor(sample["png"]))
+        assert np.allclose(sample["soft.npy"], probs.numpy(), atol=1e-3)
+
+
+def test_they_are_shards_of_ours_too(mixed):
+    folder, _ = mixed
+    dataset = ShardDataset(folder)
+    assert len(dataset) == COUNT
+    picture, label = dataset[0]
+    assert label == int(expected(pil_to_tensor(picture)).argmax())
+
+
+def test_the_list_for_timm_has_every_shard(mixed):
+    folder, _ = mixed
+    split = json.loads((folder / "_info.json").read_text())["splits"]["train"]
+    assert split["num_samples"] == sum(split["shard_lengths"]) == COUNT
+    assert split["filenames"] == [path.rpartition("/")[2] for path in tars(folder)]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_quality_and_size(suffix):
+    smooth = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), 64, mode="bicubic")
+    images = (255 * smooth.clamp(0, 1)).to(torch.uint8)
+    files = {quality: encode_pictures(images, suffix, quality) for quality in (10, 90)}
+    errors = {
+        quality: (decoded(some).float() - images.float()).abs().mean()
+        for quality, some in files.items()
+    }
+    if suffix == "png":
+        assert errors[10] == errors[90] == 0
+    else:
+        assert errors[90] < errors[10] < 25
+        assert sum(map(len, files[90])) > sum(map(len, files[10]))
