@@ -45,6 +45,7 @@ class Ledger:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._manifest = self.folder / MANIFEST
+        self._lock = self.folder / ".manifest.lock"  # of both
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -68,8 +69,11 @@ class Ledger:
                         f"{str(self.folder)!r}, where another run is at work. Wait for it, or "
                         "choose another folder."
                     )
-                if not self.is_begun:
-                    self._begin(settings, versions)
+                with lock(self._lock):
+                    for left in self.folder.glob(f".{SETTINGS}.*"):  # by a process that was killed
+                        left.unlink(missing_ok=True)
+                    if not self.is_begun:
+                        self._begin(settings, versions)
                 self.compare(settings)
                 yield
         except OSError as error:
@@ -81,7 +85,7 @@ class Ledger:
     def enter(self, entry: UnitEntry) -> None:
         """Note that a unit's file is whole and has its name."""
         line = json.dumps(asdict(entry)) + "\n"
-        with lock(self.folder / ".manifest.lock"), self._manifest.open("a+b") as file:
+        with lock(self._lock), self._manifest.open("a+b") as file:
             file.seek(0)
             content = file.read()
             whole = content.rfind(b"\n") + 1
