@@ -8,44 +8,33 @@ depend on nothing but the settings. What a killed run has finished stays; starte
 import contextlib
 import io
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from supermix_transforms.batch import MixResult
 from supermix_transforms.files import sha256_of, writing_atomically
+from supermix_transforms.forms import MIXES, Form, MadeBatch, RecipeForm, ShardForm
 from supermix_transforms.inputs import identities
 from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint, versions
 from supermix_transforms.loader import SuperMixCollate, Unconverged
-from supermix_transforms.mixedshards import (
-    PictureFormat,
-    decoded,
-    encode_pictures,
-    samples_of,
-    write_info,
-    write_tar,
-)
-from supermix_transforms.mixing import Draw
-from supermix_transforms.quantised import LEVELS, whole_weights
-from supermix_transforms.recipes import Group, Layout, encode
+from supermix_transforms.mixedshards import PictureFormat
+from supermix_transforms.recipes import Layout
 from supermix_transforms.results import Outcome
 from supermix_transforms.shards import ShardDataset, ShardSampler
 from supermix_transforms.solver import SolverSettings
-from supermix_transforms.stored import to_group
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
-from supermix_transforms.transforms import CutMix, MixUp
+from supermix_transforms.units import Order, Originals, Places
 from supermix_transforms.views import ViewDraws
 
 __all__ = ["GenerateSummary", "generate", "print_generated", "process_state"]
 
-Form: TypeAlias = Literal["recipes", "shards"]
+FormName: TypeAlias = Literal["recipes", "shards"]
 MixName: TypeAlias = Literal["supermix", "mixup", "cutmix"]
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0  # for a process to begin
@@ -88,7 +77,7 @@ def generate(
     settings: SolverSettings = SolverSettings(),
     unconverged: Unconverged = "keep",
     passes: int = 1,
-    form: Form = "recipes",
+    form: FormName = "recipes",
     picture_format: PictureFormat = "png",
     quality: int = 95,
     top: int | None = 10,
@@ -156,9 +145,7 @@ def generate(
         unconverged=unconverged,
         seed=seed,
     )
-    order = _Order(
-        ShardSampler(dataset, seed=seed, window=window), passes, batch_size, unit_batches
-    )
+    order = Order(ShardSampler(dataset, seed=seed, window=window), passes, batch_size, unit_batches)
     num_classes = _num_classes(dataset, draws, labeler)
     top = min(top or num_classes, labeler.top or num_classes, num_classes)
     asked = {
@@ -184,22 +171,21 @@ def generate(
         "window": window,
         "seed": seed,
     }
-    maker: _Maker
+    stored: Form
     if form == "recipes":
         cells = settings.resolve(k, draws.view.size).mask_size
         height, width = draws.view.size
         layout = Layout(k, cells, num_classes, top, height, width, fingerprint(asked))
-        maker = _Recipes(layout)
+        stored = RecipeForm(layout)
     else:
         asked |= {"picture_format": picture_format, "quality": quality}
-        maker = _Shards(dataset, labeler, picture_format, quality, top)
+        stored = ShardForm(dataset, labeler, picture_format, quality, top)
     run = _Run(
         Ledger(out),
         order,
-        _Originals(dataset, draws),
+        Originals(dataset, draws),
         mixer,
-        maker,
-        form=form,
+        stored,
         k=k,
         num_workers=num_workers,
         rank=state.process_index,
@@ -218,172 +204,6 @@ def process_state() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-# -- which mixes, in which files -------------------------------------------------------------------
-
-
-class _Unit(NamedTuple):
-    """A part of a pass that is written as one file."""
-
-    epoch: int
-    number: int  # in its pass
-    batches: list[list[int]]  # samples
-
-    @property
-    def name(self) -> str:
-        return f"{self.epoch:03d}-{self.number:06d}"
-
-
-class _Order:
-    """The units of all passes, in their order."""
-
-    def __init__(
-        self, sampler: ShardSampler, passes: int, batch_size: int, unit_batches: int
-    ) -> None:
-        self._sampler, self._passes = sampler, passes
-        self._batch_size, self._size = batch_size, batch_size * unit_batches
-        self._each = math.ceil(len(sampler) / self._size)  # units a pass
-
-    def __len__(self) -> int:
-        return self._passes * self._each
-
-    @property
-    def samples(self) -> int:
-        return self._passes * len(self._sampler)
-
-    @property
-    def names(self) -> list[str]:
-        passes, numbers = range(self._passes), range(self._each)
-        return [_Unit(*each, []).name for each in itertools.product(passes, numbers)]
-
-    def units(self, wanted: set[str]) -> Iterator[_Unit]:
-        """Those of these names."""
-        for epoch in range(self._passes):
-            self._sampler.set_epoch(epoch)
-            samples = iter(self._sampler)
-            for number in range(self._each):
-                some = list(itertools.islice(samples, self._size))
-                size = self._batch_size
-                batches = [some[first : first + size] for first in range(0, len(some), size)]
-                unit = _Unit(epoch, number, batches)
-                if unit.name in wanted:
-                    yield unit
-
-
-class _Originals(Dataset[dict[str, Any]]):
-    """Samples of (pass, index), as the pass looks at them."""
-
-    def __init__(self, dataset: ShardDataset, draws: ViewDraws) -> None:
-        self.dataset, self._draws = dataset, draws
-
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        epoch, view = places[0][0], self._draws.view
-        samples = []
-        for index, picture, _ in self.dataset.readable([i for _, i in places], labelled=False):
-            picture = view.prepare(picture)
-            crop = self._draws(picture, epoch, index)
-            image = torch.from_numpy(view.cut(picture, crop))
-            samples.append({"image": image, "crop": torch.tensor(crop), "index": index})
-        return samples
-
-
-# -- what is made of a batch -----------------------------------------------------------------------
-
-
-class _Batch(NamedTuple):
-    """Mixes, and where their originals come from."""
-
-    result: MixResult
-    samples: Tensor  # (B,) indices in the data set
-    crop: Tensor  # (B, 5)
-    epoch: int
-
-
-class _Maker(Protocol):
-    """A form in which mixes are stored."""
-
-    suffix: str
-
-    def make(self, batch: _Batch) -> tuple[Any, Tensor]:
-        """What is stored of a batch, and the outcomes (M,) of its mixes."""
-
-    def write(self, file: BinaryIO, unit: str, made: list[Any]) -> None:
-        """A unit."""
-
-    def finish(self, ledger: Ledger) -> None:
-        """When all units are there."""
-
-
-class _Recipes:
-    suffix = ".recipe"
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-
-    def make(self, batch: _Batch) -> tuple[Group, Tensor]:
-        group = to_group(batch.result, index=batch.samples, crop=batch.crop, layout=self._layout)
-        return group, torch.from_numpy(group.outcome)
-
-    def write(self, file: BinaryIO, unit: str, made: list[Group]) -> None:
-        file.write(encode(self._layout, made))
-
-    def finish(self, ledger: Ledger) -> None:
-        pass
-
-
-class _Shards:
-    suffix = ".tar"
-
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        labeler: TeacherLabeler,
-        picture_format: PictureFormat,
-        quality: int,
-        top: int,
-    ) -> None:
-        self._dataset, self._labeler = dataset, labeler
-        self._format, self._quality, self._top = picture_format, quality, top
-
-    def make(self, batch: _Batch) -> tuple[list[dict[str, Any]], Tensor]:
-        mixed, labels = batch.result.mixed, batch.result.mixed_teacher
-        assert mixed is not None and labels is not None
-        files = encode_pictures(mixed.images, self._format, self._quality)
-        if self._format != "png" and files:
-            # the teacher labels what is handed out
-            labels = self._labeler(decoded(files).to(mixed.images.device))
-        samples = samples_of(
-            files,
-            mixed,
-            labels,
-            suffix=self._format,
-            top=self._top,
-            names=[self._dataset.name(int(index)) for index in batch.samples],
-            crops=batch.crop,
-            epoch=batch.epoch,
-        )
-        return samples, mixed.outcome.cpu()
-
-    def write(self, file: BinaryIO, unit: str, made: list[list[dict[str, Any]]]) -> None:
-        write_tar(file, unit, itertools.chain.from_iterable(made))
-
-    def finish(self, ledger: Ledger) -> None:
-        write_info(ledger.folder, sorted(ledger.entries().values(), key=lambda each: each.unit))
-
-
-class _WholeMixUp(MixUp):
-    """MixUp by 255ths, as recipes store them."""
-
-    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
-        whole = whole_weights((weights.double() * (1 << 20)).round().long()).float() / LEVELS
-        return super()._masks(draw, sources, whole, size)
-
-
-MIXES: dict[str, Callable[..., Any]] = {"mixup": _WholeMixUp, "cutmix": CutMix}
-
-
 # -- the run of one process ------------------------------------------------------------------------
 
 
@@ -393,21 +213,20 @@ class _Run:
     def __init__(
         self,
         ledger: Ledger,
-        order: _Order,
-        originals: _Originals,
+        order: Order,
+        originals: Originals,
         mixer: SuperMixCollate,
-        maker: _Maker,
+        form: Form,
         *,
-        form: str,
         k: int,
         num_workers: int,
         rank: int,
         processes: int,
     ) -> None:
         self._ledger, self._order, self._originals = ledger, order, originals
-        self._mixer, self._maker, self._num_workers = mixer, maker, num_workers
+        self._mixer, self._form, self._num_workers = mixer, form, num_workers
         self._rank, self._processes = rank, processes
-        self._form, self._k = form, k
+        self._k = k
         self._made = self._bytes = 0
         self._seconds = self._waiting = 0.0
 
@@ -421,13 +240,15 @@ class _Run:
             with _progress(len(self._order), self._rank) as show:
                 show(finished)
                 for unit, batches in self._batches(mine - finished.keys()):
-                    parts, outcomes = zip(*map(self._maker.make, batches), strict=True)
-                    self._finish(unit, list(parts), torch.cat(outcomes))
+                    parts, outcomes = zip(*map(self._form.make, batches), strict=True)
+                    with self._ledger.complaining():
+                        self._finish(unit, list(parts), torch.cat(outcomes))
                     show(self._ledger.entries())
                 self._seconds = time.perf_counter() - start
                 if self._rank == 0:
                     self._wait_for_others(show)
-                    self._maker.finish(self._ledger)
+                    with self._ledger.complaining():
+                        self._form.finish(self._ledger)
         return self._summary()
 
     def measure(self, asked: dict[str, Any]) -> GenerateSummary:
@@ -441,18 +262,18 @@ class _Run:
             start = time.perf_counter()
             images = default_collate(self._originals.__getitems__(places))
             self._waiting = time.perf_counter() - start
-            made, outcome = self._maker.make(self._mix(images, unit.epoch))
+            made, outcome = self._form.make(self._mix(images, unit.epoch))
             file = io.BytesIO()
-            self._maker.write(file, unit.name, [made])
+            self._form.write(file, unit.name, [made])
             self._made, self._bytes = len(outcome), len(file.getvalue())
             self._seconds = time.perf_counter() - start
         return self._summary()
 
-    def _batches(self, wanted: set[str]) -> Iterator[tuple[str, Iterator[_Batch]]]:
+    def _batches(self, wanted: set[str]) -> Iterator[tuple[str, Iterator[MadeBatch]]]:
         """Each unit's name and its batches, which have to be used up before the next unit."""
         loader = DataLoader(
             self._originals,
-            batch_sampler=_Places(self._order, wanted),
+            batch_sampler=Places(self._order, wanted),
             num_workers=self._num_workers,
             collate_fn=default_collate,
         )
@@ -472,18 +293,18 @@ class _Run:
                 return
             yield batch
 
-    def _mix(self, batch: dict[str, Any], epoch: int) -> _Batch:
+    def _mix(self, batch: dict[str, Any], epoch: int) -> MadeBatch:
         images, index = batch["image"], batch["index"]
         self._mixer.set_epoch(epoch)
         # labels are not asked for: the teacher's are stored
         result = self._mixer.mix(images, None, identities(images, index.tolist()))
-        return _Batch(result, index, batch["crop"], epoch)
+        return MadeBatch(result, index, batch["crop"], epoch)
 
     def _finish(self, unit: str, made: list[Any], outcomes: Tensor) -> None:
         """Write a unit's file, then its line in the manifest."""
-        path = self._ledger.folder / f"{unit}{self._maker.suffix}"
+        path = self._ledger.folder / f"{unit}{self._form.suffix}"
         with writing_atomically(path) as file:
-            self._maker.write(file, unit, made)
+            self._form.write(file, unit, made)
         entry = UnitEntry(
             unit=unit,
             file=path.name,
@@ -523,7 +344,7 @@ class _Run:
         pace = self._seconds / max(1, self._made) / self._processes
         return GenerateSummary(
             out=str(self._ledger.folder),
-            form=self._form,
+            form=self._form.name,
             process=self._rank,
             processes=self._processes,
             units=len(self._order),
@@ -540,18 +361,6 @@ class _Run:
             left_bytes=round(left * each),
             left_hours=left * pace / 3600,
         )
-
-
-class _Places:
-    """A batch sampler: (pass, index) of each batch of the wanted units."""
-
-    def __init__(self, order: _Order, wanted: set[str]) -> None:
-        self._order, self._wanted = order, wanted
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for unit in self._order.units(self._wanted):
-            for batch in unit.batches:
-                yield [(unit.epoch, index) for index in batch]
 
 
 @contextlib.contextmanager
@@ -604,7 +413,7 @@ def _check_choices(
 ) -> None:
     for name, value, allowed in (
         ("mix", mix, get_args(MixName)),
-        ("form", form, get_args(Form)),
+        ("form", form, get_args(FormName)),
         ("picture_format", picture_format, get_args(PictureFormat)),
     ):
         if value not in allowed:

@@ -59,23 +59,29 @@ class Ledger:
             ValueError: if the folder can not be written to, was begun with other settings, or
                 another run is writing to it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:
+            with self.complaining():
+                self.folder.mkdir(parents=True, exist_ok=True)
                 # `is_alive` of another process may hold it for a moment
-                if not held.enter_context(try_lock(self._rank_lock(rank), seconds=1)):
-                    raise ValueError(
-                        f"out: expected a folder that nobody else writes to, got "
-                        f"{str(self.folder)!r}, where another run is at work. Wait for it, or "
-                        "choose another folder."
-                    )
-                with lock(self._lock):
-                    for left in self.folder.glob(f".{SETTINGS}.*"):  # by a process that was killed
-                        left.unlink(missing_ok=True)
-                    if not self.is_begun:
-                        self._begin(settings, versions)
-                self.compare(settings)
-                yield
+                alone = held.enter_context(try_lock(self._rank_lock(rank), seconds=1))
+            if not alone:
+                raise ValueError(
+                    f"out: expected a folder that nobody else writes to, got {str(self.folder)!r}, "
+                    "where another run is at work. Wait for it, or choose another folder."
+                )
+            with self.complaining(), lock(self._lock):
+                for left in self.folder.glob(f".{SETTINGS}.*"):  # by a process that was killed
+                    left.unlink(missing_ok=True)
+                if not self.is_begun:
+                    self._begin(settings, versions)
+            self.compare(settings)
+            yield
+
+    @contextlib.contextmanager
+    def complaining(self) -> Iterator[None]:
+        """What the file system says inside becomes a ValueError that names the folder."""
+        try:
+            yield
         except OSError as error:
             raise ValueError(
                 f"out: expected a folder with room to write to, got {str(self.folder)!r}: "

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tars import write_shards
+from tars import write_colours, write_shards
 
 from supermix_transforms import __version__
 from supermix_transforms.bench import bench as bench_function
@@ -387,3 +387,82 @@ def test_index_says_what_shards_hold(tmp_path, capsys):
     shards[1].write_bytes(shards[1].read_bytes()[:3000])
     assert main(["index", "--shards", str(tmp_path)]) == 2
     assert "expected a whole uncompressed tar file" in capsys.readouterr().err
+
+
+# -- generate and inspect --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generating(tmp_path):
+    """A command line that generates from shards of colours."""
+    write_colours(tmp_path)
+    line = ["generate", "--shards", str(tmp_path), "--out", str(tmp_path / "out"), "--size", "16"]
+    line += ["--teacher", f"{ROOT / 'tests' / 'colours.py'}:colour_teacher", "--device", "cpu"]
+    return [*line, "--view", "random-crop", "--batch-size", "6", "--unit-batches", "2"]
+
+
+def test_generate_writes_and_inspect_looks(generating, capsys):
+    assert main([*generating, "--dry-run"]) == 0
+    assert "left: 22 mixes in 2 units, about " in capsys.readouterr().out
+    assert main([*generating, "--passes", "2", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert (written["finished"], written["mixes"], written["process"]) == (4, 44, 0)
+
+    out = generating[4]
+    assert main(["inspect", out, "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["mixes"], found["problems"]) == (44, [])
+    assert sum(found["bytes_by_field"].values()) * 44 == pytest.approx(found["bytes"])
+    assert sum(found["outcomes"].values()) == 44
+    assert found["settings"]["view"]["size"] == [16, 16]
+    assert main(["inspect", out]) == 0
+    shown = capsys.readouterr().out
+    assert "44 mixes (recipes) in 4 of 4 units" in shown
+    assert "grid" in shown
+    assert "all of it" not in shown  # not every byte was looked at
+    assert main(["inspect", out, "--verify"]) == 0
+    assert "all of it is as it was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["recipes", "shards"])
+def test_inspect_finds_a_changed_byte_only_where_it_reads_all(generating, capsys, form):
+    assert main([*generating, "--as", form]) == 0
+    out = Path(generating[4])
+    unit = next(path for path in sorted(out.glob("000-*")))
+    content = bytearray(unit.read_bytes())
+    content[-2000 if form == "shards" else -1] ^= 1
+    unit.write_bytes(content)
+    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out), "--verify"]) == 1
+    assert f"WRONG: {unit.name}: its sha256 is not the one" in capsys.readouterr().out
+    unit.unlink()
+    assert main(["inspect", str(out)]) == 1
+    assert "WRONG: 1 of 2 units are there" in capsys.readouterr().out
+
+
+def test_generate_as_shards_with_the_other_mixes(generating, capsys):
+    options = ["--as", "shards", "--picture-format", "webp", "--mix", "cutmix", "--k", "3"]
+    assert main([*generating, *options, "--top", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["form"] == "shards"
+    assert main(["inspect", generating[4], "--verify"]) == 0
+    assert "mix cutmix  k 3  alpha 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "1"], "k: expected an integer of at least 2"),
+        (["--passes", "0"], "passes: expected an integer in 1..999"),
+        (["--teacher", "nobody"], "teacher: expected timm/NAME"),
+        (["--shards", "nowhere.tar"], "shards: expected a tar file"),
+        (["--out", "/proc/out"], "out: expected a folder with room to write to"),
+    ],
+)
+def test_generate_says_what_is_wrong(generating, capsys, options, message):
+    assert main([*generating, *options]) == 2
+    assert f"supermix: error: {message}" in capsys.readouterr().err
+
+
+def test_inspect_of_anything_else_is_an_error(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "expected a folder that `supermix generate` wrote" in capsys.readouterr().err

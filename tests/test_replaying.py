@@ -18,8 +18,8 @@ from supermix_transforms import (
     ShardDataset,
     ShardSampler,
     SolverSettings,
+    forms,
     generate,
-    generation,
     mix_images,
     replay,
 )
@@ -52,7 +52,7 @@ class Made:
     def __init__(self, folder, shards, monkeypatch, **options) -> None:
         self.folder, self.shards = folder, shards
         self.mixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        make = generation._Recipes.make
+        make = forms.RecipeForm.make
 
         def watch(recipes, batch):
             mixed, label = batch.result.mixed, batch.result.mixed_teacher
@@ -61,7 +61,7 @@ class Made:
                 self.mixes[place] = mixed.images[row], label.probs[row]
             return make(recipes, batch)
 
-        monkeypatch.setattr(generation._Recipes, "make", watch)
+        monkeypatch.setattr(forms.RecipeForm, "make", watch)
         known = {"batch_size": 5, "unit_batches": 2, "settings": SolverSettings(mask_size=4)}
         options = {**known, "passes": 2, "top": 3, **options}
         dataset = ShardDataset(shards, transform=VIEW)

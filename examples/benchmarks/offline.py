@@ -6,9 +6,10 @@ The ImageNet sample (1,000 pictures, copied to a folder of its own) with Efficie
 masks of 16 cells, views by RandomResizedCrop and flip. Parts that stand in the file already are not
 run again. Prints the JSON.
 
-- `recipes`: bytes a mix by field, share of converged mixes with masks rounded for the recipe and
-  without (mixed shards of the same views and tuples), mean bytes of the mixes as PNG and JPEG, and
-  how many replayed pictures and labels, in batches of another size, differ from the generated ones.
+- `recipes`: teacher calls and bytes a mix, these by field too; the share of converged mixes with masks
+  rounded for the recipe, and without (mixed shards of the same views and tuples); mean bytes of the
+  mixes as PNG and JPEG; how many replayed pictures and labels, in batches of another size, differ
+  from the generated ones.
 - `replay`, `reading`: pictures a second, medians over passes that take turns, with 0 and 2 workers:
   replay against torchvision's CutMix over the same data set and view; ShardDataset against a
   `wds.WebDataset` pipeline.
@@ -57,19 +58,19 @@ def teacher() -> TeacherLabeler:
 
 def recipes(shards: Path, folder: Path) -> dict[str, Any]:
     """Write them, look at them, and make the mixes again."""
-    from supermix_transforms import generation
+    from supermix_transforms import forms
 
     dataset = ShardDataset(shards, transform=view())
     made: list[Any] = []
-    make = generation._Recipes.make
+    make = forms.RecipeForm.make
 
     def watch(self: Any, batch: Any) -> Any:
         made.append((batch.result.mixed, batch.result.mixed_teacher, batch.samples))
         return make(self, batch)
 
-    generation._Recipes.make = watch  # type: ignore[method-assign]
+    forms.RecipeForm.make = watch  # type: ignore[method-assign]
     written = generate(dataset, teacher(), folder / "recipes", seed=SEED)
-    generation._Recipes.make = make  # type: ignore[method-assign]
+    forms.RecipeForm.make = make  # type: ignore[method-assign]
     plain = generate(dataset, teacher(), folder / "shards", form="shards", seed=SEED)
 
     images, probs = {}, {}  # of each mix, by pass and own sample
@@ -96,8 +97,13 @@ def recipes(shards: Path, folder: Path) -> dict[str, Any]:
         known = torch.stack([probs[sample] for sample in own])
         worst = max(worst, _kept(batch.mixed_teacher, known))
     fields = inspect_mixes(folder / "recipes").bytes_by_field
+    calls = {
+        name: round(float(torch.cat([vars(mixed)[name] for mixed, _, _ in made]).mean()), 2)
+        for name in ("forwards", "backwards")
+    }
     return {
         "mixes": written.mixes,
+        **calls,
         "bytes_a_mix": round(written.bytes / written.mixes, 1),
         "bytes_by_field": {name: round(each, 1) for name, each in fields.items()},
         "png_bytes": round(plain.bytes / plain.mixes),

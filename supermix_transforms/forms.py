@@ -1,0 +1,121 @@
+"""The two forms in which mixes are stored: what is made of a batch, and how a unit is written."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from supermix_transforms.batch import MixResult
+from supermix_transforms.ledger import Ledger
+from supermix_transforms.mixedshards import (
+    PictureFormat,
+    decoded,
+    encode_pictures,
+    samples_of,
+    write_info,
+    write_tar,
+)
+from supermix_transforms.mixing import Draw
+from supermix_transforms.quantised import LEVELS, whole_weights
+from supermix_transforms.recipes import Group, Layout, encode
+from supermix_transforms.shards import ShardDataset
+from supermix_transforms.stored import to_group
+from supermix_transforms.teacher import TeacherLabeler
+from supermix_transforms.transforms import CutMix, MixUp
+
+__all__ = ["MIXES", "Form", "MadeBatch", "RecipeForm", "ShardForm"]
+
+
+class MadeBatch(NamedTuple):
+    """Mixes, and where their originals come from."""
+
+    result: MixResult
+    samples: Tensor  # (B,) indices in the data set
+    crop: Tensor  # (B, 5)
+    epoch: int
+
+
+class Form(Protocol):
+    """A form in which mixes are stored."""
+
+    name: str
+    suffix: str
+
+    def make(self, batch: MadeBatch) -> tuple[Any, Tensor]:
+        """What is stored of a batch, and the outcomes (M,) of its mixes."""
+
+    def write(self, file: BinaryIO, unit: str, made: list[Any]) -> None:
+        """A unit."""
+
+    def finish(self, ledger: Ledger) -> None:
+        """When all units are there."""
+
+
+class RecipeForm:
+    name, suffix = "recipes", ".recipe"
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def make(self, batch: MadeBatch) -> tuple[Group, Tensor]:
+        group = to_group(batch.result, index=batch.samples, crop=batch.crop, layout=self._layout)
+        return group, torch.from_numpy(group.outcome)
+
+    def write(self, file: BinaryIO, unit: str, made: list[Group]) -> None:
+        file.write(encode(self._layout, made))
+
+    def finish(self, ledger: Ledger) -> None:
+        pass
+
+
+class ShardForm:
+    name, suffix = "shards", ".tar"
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        labeler: TeacherLabeler,
+        picture_format: PictureFormat,
+        quality: int,
+        top: int,
+    ) -> None:
+        self._dataset, self._labeler = dataset, labeler
+        self._format, self._quality, self._top = picture_format, quality, top
+
+    def make(self, batch: MadeBatch) -> tuple[list[dict[str, Any]], Tensor]:
+        mixed, labels = batch.result.mixed, batch.result.mixed_teacher
+        assert mixed is not None and labels is not None
+        files = encode_pictures(mixed.images, self._format, self._quality)
+        if self._format != "png" and files:
+            # the teacher labels what is handed out
+            labels = self._labeler(decoded(files).to(mixed.images.device))
+        samples = samples_of(
+            files,
+            mixed,
+            labels,
+            suffix=self._format,
+            top=self._top,
+            names=[self._dataset.name(int(index)) for index in batch.samples],
+            crops=batch.crop,
+            epoch=batch.epoch,
+        )
+        return samples, mixed.outcome.cpu()
+
+    def write(self, file: BinaryIO, unit: str, made: list[list[dict[str, Any]]]) -> None:
+        write_tar(file, unit, itertools.chain.from_iterable(made))
+
+    def finish(self, ledger: Ledger) -> None:
+        write_info(ledger.folder, sorted(ledger.entries().values(), key=lambda each: each.unit))
+
+
+class WholeMixUp(MixUp):
+    """MixUp by 255ths, as recipes store them."""
+
+    def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+        whole = whole_weights((weights.double() * (1 << 20)).round().long()).float() / LEVELS
+        return super()._masks(draw, sources, whole, size)
+
+
+MIXES: dict[str, Callable[..., Any]] = {"mixup": WholeMixUp, "cutmix": CutMix}
