@@ -27,7 +27,14 @@ from supermix_transforms.generation import (
     print_generated,
     process_state,
 )
-from supermix_transforms.inspection import Inspection, inspect_mixes, print_inspection
+from supermix_transforms.inspection import (
+    Inspection,
+    ReplaySummary,
+    inspect_mixes,
+    print_inspection,
+    print_replayed,
+    replay_pictures,
+)
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
 from supermix_transforms.shards import IndexSummary, ShardDataset, index_shards, print_index
@@ -60,6 +67,11 @@ examples:
       --shards 'imagenet/train-{0000..1281}.tar' --teacher torchvision/resnet50 --out recipes/
 
 Started again with the same options, it goes on where it was stopped."""
+REPLAY_EXAMPLE = """\
+example:
+  supermix replay recipes/ --shards 'imagenet/train-{0000..1281}.tar' --count 16 --out seen/
+
+To train on all mixes: supermix_transforms.replay in a DataLoader."""
 INSPECT_EXAMPLE = """\
 example:
   supermix inspect recipes/ --verify
@@ -224,6 +236,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _replay(arguments: argparse.Namespace) -> ReplaySummary:
+    dataset = ShardDataset(arguments.shards, cache_dir=arguments.cache_dir)
+    return replay_pictures(arguments.folder, dataset, arguments.out, count=arguments.count)
+
+
 def _inspect(arguments: argparse.Namespace) -> Inspection:
     return inspect_mixes(arguments.folder, verify=arguments.verify)
 
@@ -293,6 +310,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_generate, show=print_generated)
     _generate_options(command)
+
+    command = _command(
+        commands, "replay", "make mixes of recipes again, to look at them", REPLAY_EXAMPLE
+    )
+    command.set_defaults(run=_replay, show=print_replayed)
+    add = command.add_argument
+    add("folder", metavar="DIR", help="what generate wrote")
+    add("--shards", nargs="+", required=True, metavar="TAR|DIR|URL", help="those it was made of")
+    add("--cache-dir", metavar="DIR", help="for copies of shards from elsewhere")
+    add("--count", type=int, default=16, help="mixes")
+    add("--out", required=True, metavar="DIR", help="made if it is not there")
+    _json_option(command)
 
     command = _command(
         commands, "inspect", "say what is in a folder that generate wrote", INSPECT_EXAMPLE

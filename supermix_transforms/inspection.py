@@ -1,5 +1,7 @@
-"""What is in a folder of mixes, and whether all of it is as it was written."""
+"""What is in a folder of mixes: figures, whether all is as it was written, and pictures."""
 
+import io
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from supermix_transforms.files import sha256_of
+from supermix_transforms.batch import MixBatch
+from supermix_transforms.files import sha256_of, write_atomically
 from supermix_transforms.ledger import Ledger, UnitEntry
-from supermix_transforms.replaying import open_unit
-from supermix_transforms.results import Outcome
+from supermix_transforms.losses import sparsity
+from supermix_transforms.pictures import png
+from supermix_transforms.plots import TOP, Panel, Seen, contact_sheet, require_matplotlib
+from supermix_transforms.replaying import open_unit, replay
+from supermix_transforms.results import Outcome, TeacherLabels
+from supermix_transforms.shards import ShardDataset
 from supermix_transforms.tarindex import make_index
 
-__all__ = ["Inspection", "inspect_mixes", "print_inspection"]
+__all__ = [
+    "Inspection",
+    "ReplaySummary",
+    "inspect_mixes",
+    "print_inspection",
+    "print_replayed",
+    "replay_pictures",
+]
 
 
 @dataclass(frozen=True)
@@ -137,3 +151,107 @@ def print_inspection(inspection: Inspection) -> None:
         console.print(f"WRONG: {problem}", markup=False, soft_wrap=True)
     if i.verified and not i.problems:
         console.print("all of it is as it was written")
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReplaySummary:
+    """What `replay_pictures` wrote."""
+
+    out: str  # a folder with the mixes, as PNG, and the two files below
+    labels: str  # JSON, an entry a mix
+    contact_sheet: str  # PNG
+    mixes: int
+
+
+def replay_pictures(
+    recipes: str | Path, dataset: ShardDataset, out: str | Path, *, count: int = 16
+) -> ReplaySummary:
+    """Make the first mixes of recipes again and write them down, to be looked at.
+
+    Args:
+        recipes: the folder that `generate` wrote.
+        dataset: the shards that they were made of.
+        out: a folder for PNG files, ``labels.json`` and ``contact-sheet.png``; made if it is not
+            there.
+        count: mixes, at most those that there are.
+
+    Raises:
+        ValueError: as `replay`, and for a count below 1.
+        ImportError: if matplotlib is not installed.
+    """
+    if count < 1:
+        raise ValueError(f"count: expected at least 1 mix, got {count}.")
+    require_matplotlib()
+    mixes = replay(recipes, dataset)
+    # some more, for a mix's partner is the own original of one of the next
+    more = mixes.__getitems__(range(min(len(mixes), count + max(mixes.lengths))))
+    batch = mixes.collate(more)
+    rows = [row for row in range(len(more)) if bool((batch.sources[row] >= 0).all())][:count]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet, listing = folder / "contact-sheet.png", folder / "labels.json"
+    panels, entries = [], []
+    for row in rows:
+        panel = _panel(batch, row)
+        file = f"mix-{int(batch.extra['index'][row]):07d}.png"
+        write_atomically(folder / file, png(panel.mix))
+        sources = batch.extra["sources"][row].tolist()
+        names = [dataset.name(sample) for sample in sources]
+        entries.append(
+            {
+                "file": file,
+                "sources": [
+                    {"name": name, "class": int(label)}
+                    for name, label in zip(names, panel.names, strict=True)
+                ],
+                "weights": [round(weight, 6) for weight in panel.weights],
+                "teacher": [
+                    {"class": seen.label, "probability": round(seen.probability, 6)}
+                    for seen in panel.top
+                ],
+                "outcome": panel.outcome,
+                "steps": panel.steps,
+                "sparsity": round(panel.sparsity, 6),
+            }
+        )
+        panels.append(panel)
+    drawn = io.BytesIO()
+    contact_sheet(panels).savefig(drawn, format="png")
+    write_atomically(sheet, drawn.getvalue())
+    write_atomically(listing, json.dumps({"mixes": entries}, indent=1).encode())
+    return ReplaySummary(str(folder), str(listing), str(sheet), len(rows))
+
+
+def _panel(batch: MixBatch, row: int) -> Panel:
+    """A mix of a replayed batch, all of whose sources are in it."""
+    sources, weights, masks = batch.sources, batch.weights, batch.masks
+    teacher, label = batch.teacher, batch.mixed_teacher
+    assert sources is not None and weights is not None and masks is not None
+    assert isinstance(teacher, TeacherLabels) and isinstance(label, TeacherLabels)
+    indices, log_probs, _ = label.top(min(TOP, label.log_probs.shape[1]))
+    return Panel(
+        inputs=batch.images[sources[row]],
+        masks=masks[row],
+        mix=batch.mixed[row],
+        names=tuple(str(int(name)) for name in teacher.hard[sources[row]]),
+        weights=tuple(weights[row].tolist()),
+        top=tuple(
+            Seen(int(index), str(int(index)), float(log_prob.exp()))
+            for index, log_prob in zip(indices[row], log_probs[row], strict=True)
+        ),
+        outcome=Outcome(int(batch.outcome[row])).name.lower().replace("_", " "),
+        sparsity=float(sparsity(masks[row : row + 1])),
+        steps=int(batch.steps[row]),
+    )
+
+
+def print_replayed(summary: ReplaySummary) -> None:
+    """Where the files are, on standard output."""
+    from rich.console import Console
+
+    console = Console()
+    for file in (summary.contact_sheet, summary.labels, f"{summary.out}: {summary.mixes} mixes"):
+        console.print(file, soft_wrap=True, highlight=False, markup=False)

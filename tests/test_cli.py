@@ -466,3 +466,23 @@ def test_generate_says_what_is_wrong(generating, capsys, options, message):
 def test_inspect_of_anything_else_is_an_error(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert "expected a folder that `supermix generate` wrote" in capsys.readouterr().err
+
+
+def test_replay_writes_pictures(generating, capsys, tmp_path):
+    assert main(generating) == 0
+    line = ["replay", generating[4], "--shards", generating[2], "--out", str(tmp_path / "seen")]
+    assert main([*line, "--count", "3", "--json"]) == 0
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(out)["mixes"] == 3
+    assert len(list((tmp_path / "seen").glob("mix-*.png"))) == 3
+    assert main([*line[:-2], "--out", str(tmp_path / "seen"), "--shards", "/nowhere.tar"]) == 2
+
+
+@pytest.mark.parametrize("command", ["index", "generate", "replay", "inspect"])
+def test_help_of_the_offline_commands_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"\n  supermix {command} " in shown
+    assert "--json" in shown

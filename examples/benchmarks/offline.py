@@ -6,10 +6,10 @@ The ImageNet sample (1,000 pictures, copied to a folder of its own) with Efficie
 masks of 16 cells, views by RandomResizedCrop and flip. Parts that stand in the file already are not
 run again. Prints the JSON.
 
-- `recipes`: teacher calls and bytes a mix, these by field too; the share of converged mixes with masks
-  rounded for the recipe, and without (mixed shards of the same views and tuples); mean bytes of the
-  mixes as PNG and JPEG; how many replayed pictures and labels, in batches of another size, differ
-  from the generated ones.
+- `recipes`: teacher calls and bytes a mix, these by field too; the share of converged mixes with
+  masks rounded for the recipe, and without (mixed shards of the same views and tuples); mean bytes
+  of the mixes as PNG and JPEG; how many replayed pictures and labels, in batches of another size,
+  differ from the generated ones.
 - `replay`, `reading`: pictures a second, medians over passes that take turns, with 0 and 2 workers:
   replay against torchvision's CutMix over the same data set and view; ShardDataset against a
   `wds.WebDataset` pipeline.
