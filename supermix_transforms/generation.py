@@ -145,6 +145,12 @@ def generate(
         unconverged=unconverged,
         seed=seed,
     )
+    if batch_size < k:
+        raise ValueError(
+            f"batch_size: expected at least k = {k} pictures, got {batch_size}. Partners come from "
+            "the same batch."
+        )
+    mixer.take_short()  # the last batch of a pass, which may be the only one to be made
     order = Order(ShardSampler(dataset, seed=seed, window=window), passes, batch_size, unit_batches)
     num_classes = _num_classes(dataset, draws, labeler)
     top = min(top or num_classes, labeler.top or num_classes, num_classes)

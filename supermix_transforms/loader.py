@@ -87,6 +87,10 @@ class _BatchMixer:
         """Draw other partners and weights than in other epochs."""
         self.epoch = epoch
 
+    def take_short(self) -> None:
+        """Hand on a batch of fewer than k pictures unmixed even if it is the first one."""
+        self._has_mixed = True
+
     @property
     def device(self) -> torch.device | None:
         """Where mixing runs and its results live; None: where the pictures are."""

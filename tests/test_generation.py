@@ -219,6 +219,16 @@ def test_a_last_batch_of_fewer_than_k_stays_unmixed(dataset, tmp_path):
     assert inspect_mixes(tmp_path, verify=True).outcomes["UNMIXED"] == 1
 
 
+def test_a_run_that_has_only_the_short_batch_to_make(dataset, tmp_path):
+    options = {"batch_size": 7, "unit_batches": 1, "k": 3}
+    run(dataset, tmp_path, **options)
+    last = tmp_path / "000-000003.recipe"
+    before = last.read_bytes()
+    last.unlink()
+    assert run(dataset, tmp_path, **options).made == 1
+    assert last.read_bytes() == before
+
+
 def test_the_temperature_is_that_of_the_labels(dataset, tmp_path):
     labeler = TeacherLabeler(colour_teacher(), temperature=4.0, top=2)
     run(dataset, tmp_path, labeler)
@@ -238,7 +248,7 @@ def test_the_temperature_is_that_of_the_labels(dataset, tmp_path):
         ({"batch_size": 0}, "batch_size: expected an integer"),
         ({"unit_batches": 1.5}, "unit_batches: expected an integer"),
         ({"k": 1}, "k: expected an integer of at least 2"),
-        ({"k": 8}, "expected batches of at least k=8 pictures, got 5"),
+        ({"k": 8}, "batch_size: expected at least k = 8 pictures, got 5"),
         ({"alpha": -1.0}, "alpha: expected a positive number"),
         ({"window": -1}, "window: expected at least 0"),
         ({"partners": "near"}, "partners: expected"),
