@@ -15,6 +15,7 @@ from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, ge
 from supermix_transforms.generation import print_generated
 from supermix_transforms.inspection import inspect_mixes
 from supermix_transforms.ledger import Ledger
+from supermix_transforms.tarindex import read_members
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
@@ -79,6 +80,18 @@ def test_passes_differ_and_more_of_them_change_none(dataset, tmp_path):
     assert [twice[unit].mixes for unit in once] == [once[unit].mixes for unit in once]
     recipes = contents(tmp_path / "b")
     assert recipes["000-000000.recipe"] != recipes["001-000000.recipe"]
+
+
+def test_passes_differ_where_views_do_not(shards, tmp_path):
+    dataset = ShardDataset(shards, transform=v2.CenterCrop(16))
+    run(dataset, tmp_path, passes=2, batch_size=COUNT, form="shards", window=3)
+    mixes = ShardDataset([tmp_path / "000-000000.tar", tmp_path / "001-000000.tar"])
+    pairs = [set(), set()]
+    for index in range(2 * COUNT):
+        source = json.loads(read_members(*mixes._place(index), ["json"])["json"])
+        pairs[source["pass"]].add(tuple(source["sources"]))
+    assert len(pairs[0]) == len(pairs[1]) == COUNT
+    assert len(pairs[0] & pairs[1]) < COUNT / 2
 
 
 def test_it_goes_on_where_it_was_stopped(dataset, tmp_path):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import lzma
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 from supermix_transforms.quantised import exact_parts, quantise
 from supermix_transforms.recipes import (
     FIELDS,
+    FILTERS,
     PREFIX,
     Group,
     Layout,
     RecipeReader,
+    _unpack,
     encode,
     picture_digest,
 )
@@ -210,14 +214,14 @@ def test_a_later_version_says_so():
 
 def test_a_field_that_swells_is_not_unpacked_beyond_its_size():
     """A bomb: the header says few bytes, the compressed stream holds many."""
-    import lzma
-
-    from supermix_transforms.recipes import FILTERS, _unpack
-
     bomb = lzma.compress(bytes(1 << 24), format=lzma.FORMAT_RAW, filters=FILTERS)
     counts = {"G": 6, "M": 5, "D": 8, "LOGITS": 3, "CONSTANT": 1, "BOXES": 1}
+    tracemalloc.start()
     with pytest.raises(ValueError, match="flip does not have 6 bytes"):
         _unpack("flip", bomb, LAYOUT, counts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20  # of them 1 MiB of dictionary; the bomb holds 16
     with pytest.raises(ValueError, match="grid says"):
         _unpack("grid", b"", replace(LAYOUT, mask_size=256), counts | {"LOGITS": 1 << 16})
 
