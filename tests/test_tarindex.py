@@ -122,6 +122,12 @@ def test_a_shard_that_changes_under_its_index_is_an_error(shard, tmp_path):
     write_tar(shard, [("x.png", picture(9)), *samples(0, 4)])
     with pytest.raises(ValueError, match=r"expected '0001.png' at byte .* has changed"):
         read_members(shard, index, 1, ["png"])
+    write_tar(shard, samples(0, 4))
+    content = bytearray(shard.read_bytes())
+    content[index.places["png"][1][0] - 512] = ord("9")  # its name, and so its checksum
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="got no header before it"):
+        read_members(shard, index, 1, ["png"])
     shard.write_bytes(shard.read_bytes()[:1024])
     with pytest.raises(ValueError, match="has changed"):
         read_members(shard, index, 1, ["png"])
