@@ -14,6 +14,7 @@ __all__ = [
     "mixing_objective",
     "roughness",
     "sparsity",
+    "supermix_kd_loss",
     "supermix_loss",
     "widen",
 ]
@@ -131,6 +132,45 @@ def kd_loss(
         raise ValueError(f"temperature: expected a positive number, got {temperature}.")
     soft = _cross_entropy(widen(logits) / temperature, teacher_probs)
     return (1 - weight) * _cross_entropy(logits, labels) + weight * temperature**2 * soft
+
+
+def supermix_kd_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_probs: Tensor,
+    mixed_logits: Tensor,
+    mixed_targets: Tensor,
+    mixed_teacher_probs: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    weight: float = 0.1,
+) -> Tensor:
+    """Eq. 9 with Eq. 8 in the place of the cross-entropy, a scalar (the paper's "SuperMix + KD").
+
+    Two variants: the paper's text has Eq. 8 for originals and mixes; the authors' code has the soft
+    term for the originals only, which is what is computed without `mixed_teacher_probs`. Both
+    weigh the two cross-entropies by ``1 - weight``.
+
+    Args:
+        logits: the student's for the originals, (B, N).
+        labels: class indices (B,) int64, or probabilities (B, N).
+        teacher_probs: the teacher's for the originals *at the temperature*, (B, N).
+        mixed_logits: the student's for the mixes, (M, N). With M = 0 their terms are 0.
+        mixed_targets: the teacher's label of the mixes: hard (M,), or soft (M, N).
+        mixed_teacher_probs: the teacher's for the mixes at the temperature, (M, N), or None.
+        temperature: tau; the factor ``tau**2`` is applied here, once.
+        weight: the paper's lambda_KD.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+    options = {"temperature": temperature, "weight": weight}
+    loss = kd_loss(logits, teacher_probs, labels, **options)
+    if len(mixed_logits) == 0:
+        return loss + widen(mixed_logits).sum()
+    if mixed_teacher_probs is None:
+        return loss + (1 - weight) * _cross_entropy(mixed_logits, mixed_targets)
+    return loss + kd_loss(mixed_logits, mixed_teacher_probs, mixed_targets, **options)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

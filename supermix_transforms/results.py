@@ -81,6 +81,19 @@ class TeacherLabels:
         spread = (self.rest / max(others, 1)).unsqueeze(1)
         return spread.expand(-1, self.num_classes).scatter(1, self.indices, kept)
 
+    def softened(self, temperature: float) -> Tensor:
+        """Probabilities (B, N) float32 at a temperature that many times higher than these labels'.
+
+        Of sparse labels, each class that was left out has an even part of the rest, as in `probs`.
+
+        Raises:
+            ValueError: if the temperature is not positive.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}.")
+        logits = self.log_probs if self.indices is None else self.probs.log()
+        return (logits / temperature).softmax(dim=1)
+
     @property
     def hard(self) -> Tensor:
         """The most probable class, (B,) int64."""

@@ -14,6 +14,7 @@ from supermix_transforms.losses import (
     mixing_objective,
     roughness,
     sparsity,
+    supermix_kd_loss,
     supermix_loss,
 )
 from supermix_transforms.masks import blend, render
@@ -212,3 +213,67 @@ def test_kd_loss_wants_a_positive_temperature(temperature):
         kd_loss(
             torch.zeros(1, 2), torch.full((1, 2), 0.5), torch.tensor([0]), temperature=temperature
         )
+
+
+def student(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_supermix_kd_loss_has_eq_8_for_both_sets_or_the_soft_term_for_originals_only(hard):
+    logits, labels, mixed = student(5), torch.tensor([0, 3, 2, 1, 3]), student(3)
+    teacher, mixed_teacher, soft = (random_targets(n, 4, torch.float64) for n in (5, 3, 3))
+    targets = soft.argmax(dim=1) if hard else soft
+    options = {"temperature": 3.0, "weight": 0.2}
+
+    def softly(given, probs):
+        return -9 * (probs * (given / 3).log_softmax(dim=1)).sum(dim=1).mean()
+
+    crossed = 0.8 * (F.cross_entropy(logits, labels) + F.cross_entropy(mixed, targets))
+    originals = crossed + 0.2 * softly(logits, teacher)
+    found = supermix_kd_loss(logits, labels, teacher, mixed, targets, **options)
+    assert_close(found, originals)
+    found = supermix_kd_loss(logits, labels, teacher, mixed, targets, mixed_teacher, **options)
+    assert_close(found, originals + 0.2 * softly(mixed, mixed_teacher))
+
+
+def test_supermix_kd_loss_without_weight_is_eq_9():
+    logits, labels, mixed = student(5), torch.tensor([0, 3, 2, 1, 3]), student(3)
+    teacher, soft = random_targets(5, 4, torch.float64), random_targets(3, 4, torch.float64)
+    expected = supermix_loss(logits, labels, mixed, soft)
+    assert_close(supermix_kd_loss(logits, labels, teacher, mixed, soft, weight=0.0), expected)
+    assert_close(supermix_kd_loss(logits, labels, teacher, mixed, soft, soft, weight=0.0), expected)
+
+
+def test_supermix_kd_loss_of_no_mixes_is_eq_8_and_keeps_the_graph():
+    logits, labels, teacher = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3]), random_targets(5, 4)
+    none = torch.zeros(0, 4, requires_grad=True)
+    loss = supermix_kd_loss(logits, labels, teacher, none, torch.zeros(0, 4))
+    assert_close(loss.detach(), kd_loss(logits, teacher, labels))
+    loss.backward()
+    assert none.grad is not None
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_students_gradients_agree_with_finite_differences(both):
+    labels, teacher = torch.tensor([0, 3, 2]), random_targets(3, 4, torch.float64)
+    mixed_teacher = random_targets(2, 4, torch.float64) if both else None
+    targets = random_targets(2, 4, torch.float64)
+
+    def loss(logits, mixed):
+        return supermix_kd_loss(logits, labels, teacher, mixed, targets, mixed_teacher)
+
+    pair = student(3).requires_grad_(), student(2).requires_grad_()
+    assert torch.autograd.gradcheck(loss, pair)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_students_losses_are_computed_in_float32(dtype):
+    logits, labels, mixed = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 3]), torch.randn(3, 4)
+    teacher, soft = random_targets(5, 4), random_targets(3, 4)
+    half = [tensor.to(dtype) for tensor in (logits, teacher, mixed, soft)]
+    exact = [tensor.float() for tensor in half]
+    low = supermix_kd_loss(half[0], labels, half[1], half[2], half[3], half[3])
+    high = supermix_kd_loss(exact[0], labels, exact[1], exact[2], exact[3], exact[3])
+    assert low.dtype == torch.float32
+    assert_close(low, high)

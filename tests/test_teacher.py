@@ -528,6 +528,21 @@ def test_top_n_of_dense_and_of_sparse_labels_agree():
                 labels.top(n)
 
 
+def test_softened_labels_are_those_of_a_higher_temperature():
+    logits = 3 * torch.randn(6, 8)
+    for temperature in (1.0, 4.0):
+        labels = TeacherLabels.from_logits(logits, temperature=2.0)
+        expected = (logits / (2 * temperature)).softmax(dim=1)
+        assert torch.allclose(labels.softened(temperature), expected, atol=1e-6)
+    sparse = TeacherLabels.from_logits(logits, top=5)
+    softened = sparse.softened(4.0)
+    assert torch.allclose(softened.sum(dim=1), torch.ones(6), atol=1e-6)
+    assert torch.allclose(sparse.softened(1.0), sparse.probs, atol=1e-6)
+    assert (softened.max(dim=1).values < sparse.probs.max(dim=1).values).all()
+    with pytest.raises(ValueError, match="temperature: expected a positive number"):
+        labels.softened(0)
+
+
 def test_sparse_labels_of_all_classes_are_dense():
     labels = TeacherLabeler(plain(), top=5)(noise())
     assert labels.indices is None
