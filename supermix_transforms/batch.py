@@ -185,6 +185,19 @@ class MixBatch:
         """(M,) int64: solver steps taken."""
         return self._mixes.steps
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are mixes: not where a `MixLoader` without a transform only labelled."""
+        return self.mix()._done.mixed is not None
+
+    @property
+    def calls(self) -> float:
+        """The teacher's forwards and backwards for the mixes, in pictures; replayed: 0."""
+        mixed = self.mix()._done.mixed
+        if mixed is None:
+            return 0.0
+        return float((mixed.forwards + mixed.backwards).nan_to_num().sum())
+
     def mix(self) -> "MixBatch":
         """Make the mixes now, unless they are there already. Returns the batch itself."""
         if self._result is None:

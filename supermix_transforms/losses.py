@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "cross_entropy",
     "kd_loss",
     "kl_divergence",
     "mixing_objective",
@@ -98,10 +99,10 @@ def supermix_loss(
         >>> supermix_loss(logits, labels, logits, torch.full((2, 4), 0.25))
         tensor(2.7726)
     """
-    originals = _cross_entropy(logits, labels)
+    originals = cross_entropy(logits, labels)
     if len(mixed_logits) == 0:  # unconverged="drop" can leave none; a mean over no rows is NaN
         return originals + widen(mixed_logits).sum()
-    return originals + _cross_entropy(mixed_logits, mixed_targets)
+    return originals + cross_entropy(mixed_logits, mixed_targets)
 
 
 def kd_loss(
@@ -130,8 +131,8 @@ def kd_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}.")
-    soft = _cross_entropy(widen(logits) / temperature, teacher_probs)
-    return (1 - weight) * _cross_entropy(logits, labels) + weight * temperature**2 * soft
+    soft = cross_entropy(widen(logits) / temperature, teacher_probs)
+    return (1 - weight) * cross_entropy(logits, labels) + weight * temperature**2 * soft
 
 
 def supermix_kd_loss(
@@ -169,11 +170,12 @@ def supermix_kd_loss(
     if len(mixed_logits) == 0:
         return loss + widen(mixed_logits).sum()
     if mixed_teacher_probs is None:
-        return loss + (1 - weight) * _cross_entropy(mixed_logits, mixed_targets)
+        return loss + (1 - weight) * cross_entropy(mixed_logits, mixed_targets)
     return loss + kd_loss(mixed_logits, mixed_teacher_probs, mixed_targets, **options)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over rows; targets are indices (B,), or probabilities (B, N) of any floating dtype."""
     logits = widen(logits)
-    return F.cross_entropy(logits, targets.to(logits) if targets.ndim == 2 else targets)
+    targets = targets.to(logits) if targets.ndim == 2 else targets
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)

@@ -1,0 +1,539 @@
+"""Train a student on originals and their mixes: one loop, from top to bottom.
+
+    collate = SuperMixCollate(teacher, target="hard")
+    train = DataLoader(dataset, 128, shuffle=True, collate_fn=collate)
+    summary = distill(student, train, validation, "run/", settings=PAPER)
+
+What a batch holds decides what is learned from it: a `MixBatch` (online, or from `replay`) has
+originals, mixes and the teacher's labels of both; one of a `MixLoader` without a transform has
+originals and the teacher's labels; a plain ``(images, labels)`` is cross-entropy. Runs on any
+number of processes that Accelerate knows of. Killed, it goes on with the very next batch.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from supermix_transforms.batch import MixBatch
+from supermix_transforms.files import write_atomically
+from supermix_transforms.losses import (
+    cross_entropy,
+    kd_loss,
+    supermix_kd_loss,
+    supermix_loss,
+)
+from supermix_transforms.results import TeacherLabels
+
+__all__ = ["MODERN", "PAPER", "DistillSettings", "DistillSummary", "distill", "evaluate"]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a student is trained.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    epochs: int = 600  # of the loader
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 5.0
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of all steps; lr times `gamma`
+    gamma: float = 0.1
+    learn: Literal["both", "originals"] = "both"  # of batches that hold mixes
+    kd: Literal["none", "originals", "both"] = "none"  # where Eq. 8 stands for the cross-entropy
+    kd_weight: float = 0.1  # lambda_KD
+    temperature: float = 4.0  # tau, relative to that of the batch's labels
+    ema: float = 0.0  # decay of averaged weights a step, which are then what is evaluated; 0: none
+    label_smoothing: float = 0.0  # of the originals' labels
+    save_steps: int = 1000  # between two checkpoints; one follows every epoch as well
+    seed: int = 0  # of dropout and the like
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "save_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}.")
+        for name, most in (
+            ("lr", math.inf),
+            ("momentum", 1),
+            ("weight_decay", math.inf),
+            ("warmup_epochs", math.inf),
+            ("gamma", 1),
+            ("kd_weight", 1),
+            ("ema", 1),
+            ("label_smoothing", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
+                raise ValueError(f"{name}: expected a number in 0..{most}, got {value!r}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}.")
+        if self.schedule not in ("step", "cosine"):
+            raise ValueError(f'schedule: expected "step" or "cosine", got {self.schedule!r}.')
+        if self.learn not in ("both", "originals"):
+            raise ValueError(f'learn: expected "both" or "originals", got {self.learn!r}.')
+        if self.kd not in ("none", "originals", "both"):
+            raise ValueError(f'kd: expected "none", "originals" or "both", got {self.kd!r}.')
+
+    def rate(self, step: int, steps: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step of all `steps`."""
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.schedule == "cosine":
+            done = (step - warmup) / max(1.0, steps - warmup)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.lr * self.gamma ** sum(step >= place * steps for place in self.milestones)
+
+
+PAPER = DistillSettings()  # section 4.1, for CIFAR-100 and 50,000 pictures an epoch
+MODERN = DistillSettings(epochs=300, nesterov=True, schedule="cosine", ema=0.9998)
+
+
+@dataclass(frozen=True)
+class DistillSummary:
+    """What a run came to; ``results.json`` holds the same."""
+
+    top1: float | None  # of the last epoch, in 0..1; None without validation
+    top5: float | None
+    ece: float | None  # expected calibration error
+    agreement: float | None  # with the teacher's class; None without a teacher
+    best_top1: float | None
+    student_samples: int  # pictures that the student was trained on
+    teacher_calls: float  # forwards and backwards while mixing, of one picture each
+    seconds: dict[str, float]  # data, mixing, training
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; a checkpoint holds it beside the tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch, that are done
+    step: int = 0
+    loss: float = 0.0  # of these batches, together
+    samples: int = 0
+    calls: float = 0.0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"data": 0.0, "mixing": 0.0, "training": 0.0}
+    )
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
+    best: float = -1.0
+
+
+def distill(
+    student: nn.Module,
+    train: Any,
+    validation: Any,
+    out: str | Path,
+    *,
+    settings: DistillSettings = PAPER,
+    teacher: Callable[[Tensor], TeacherLabels] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    accelerator: Any = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> DistillSummary:
+    """Train a student, or go on with a run that was stopped.
+
+    The folder gets ``last.safetensors`` (all that is needed to go on), ``best.safetensors`` (the
+    weights of the best validation), ``history.json`` and ``results.json``.
+
+    Args:
+        student: images -> logits (B, N).
+        train: a DataLoader of `MixBatch` or ``(images, labels)``, not prepared yet.
+        validation: a DataLoader of ``(images, labels)``, or None.
+        out: a folder; made if it is not there.
+        settings: `PAPER`, `MODERN`, or others.
+        teacher: whose classes the student's are compared with: a `TeacherLabeler`.
+        mean, std: of each channel in 0..1; uint8 pictures are divided by 255 first.
+        accelerator: None makes one, on the CPU where there is no GPU. One of your own needs
+            ``DataLoaderConfiguration(use_seedable_sampler=True)``, or a loader with a sampler that
+            has `set_epoch`: a run that goes on then has the same order.
+        show: is given a line for each epoch, on the first process.
+
+    Raises:
+        ValueError: for batches that hold too little for the settings, a run that was begun with
+            other settings or another student, and a loss that is not finite.
+    """
+    accelerator = _accelerator(settings) if accelerator is None else accelerator
+    network = _Pictured(student, mean, std)
+    optimiser = torch.optim.SGD(
+        network.parameters(),
+        settings.lr,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+    )
+    average = _average(network, settings)
+    model, optimiser, train = accelerator.prepare(network, optimiser, train)
+    validation = None if validation is None else accelerator.prepare(validation)
+    if average is not None:
+        average.to(accelerator.device)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = _Checkpoint(folder, network, optimiser, average, settings)
+    progress = checkpoint.load()
+    steps_per_epoch = len(train)
+    steps = settings.epochs * steps_per_epoch
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            checkpoint.save(progress)
+
+    while progress.epoch < settings.epochs:
+        _set_epoch(train, progress.epoch)
+        model.train()
+        total = torch.tensor(progress.loss, device=accelerator.device)
+        for batch in _timed(_rest(train, progress.batch), progress):
+            # what a step draws depends on its number alone, so that it can be made again
+            torch.manual_seed(hash((settings.seed, progress.step, accelerator.process_index)))
+            start = time.perf_counter()
+            if isinstance(batch, MixBatch):
+                batch.mix()  # here, to be timed
+            mixed = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = settings.rate(progress.step, steps, steps_per_epoch)
+            loss, samples = _loss(model, batch, settings)
+            accelerator.backward(loss)
+            optimiser.step()
+            optimiser.zero_grad()
+            if average is not None:
+                average.update_parameters(network)
+            total = loss.detach() + total
+            progress.samples += samples * accelerator.num_processes
+            progress.calls += _calls(batch) * accelerator.num_processes
+            progress.step += 1
+            progress.batch += 1
+            progress.seconds["mixing"] += mixed - start
+            progress.seconds["training"] += time.perf_counter() - mixed
+            if progress.step % settings.save_steps == 0:
+                progress.loss = float(total)
+                save()
+        entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
+        if validation is not None:
+            judged = network if average is None else average.module
+            entry |= evaluate(judged, validation, accelerator, teacher)
+        progress.history.append(entry)
+        progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
+        if accelerator.is_main_process:
+            if entry.get("top1", -1.0) > progress.best:
+                progress.best = entry["top1"]
+                checkpoint.save_best()
+            write_atomically(folder / "history.json", json.dumps(progress.history).encode())
+            show(_line(entry, settings.epochs))
+        save()
+    summary = _summary(progress, settings, validation is not None)
+    if accelerator.is_main_process:
+        content = json.dumps(asdict(summary), indent=1) + "\n"
+        write_atomically(folder / "results.json", content.encode())
+    return summary
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+
+class _Pictured(nn.Module):
+    """A network that takes pictures as data sets give them."""
+
+    def __init__(
+        self, network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None):
+            raise ValueError(f"expected mean and std together, got mean={mean} and std={std}.")
+        self.network = network
+        self._mean = None if mean is None else torch.tensor(mean)[:, None, None]
+        self._std = None if std is None else torch.tensor(std)[:, None, None]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if self._mean is not None and self._std is not None:
+            images = (images - self._mean.to(images.device)) / self._std.to(images.device)
+        answer = self.network(images)
+        logits: Tensor = getattr(answer, "logits", answer)
+        return logits
+
+
+def _loss(model: nn.Module, batch: Any, settings: DistillSettings) -> tuple[Tensor, int]:
+    """The loss of a batch, and how many pictures the student was given."""
+    if not isinstance(batch, MixBatch):
+        if settings.kd != "none":
+            raise ValueError(
+                f"kd={settings.kd!r}: expected batches with the teacher's labels, got "
+                f"{type(batch).__name__}. Wrap the loader: MixLoader(loader, labeler=labeler)."
+            )
+        images, labels = batch[0], batch[1]
+        return cross_entropy(model(images), labels, settings.label_smoothing), len(images)
+    labels = batch.labels
+    if labels is None:
+        raise ValueError(
+            "distill: expected labels of the originals, got none. Pass labels_getter= where the "
+            "batches are made."
+        )
+    kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
+    teacher = None
+    if settings.kd != "none":
+        if batch.teacher is None:
+            raise ValueError(
+                f"kd={settings.kd!r}: expected the teacher's labels of the originals, got none. "
+                "Pass a teacher where the batches are made."
+            )
+        teacher = batch.teacher.softened(settings.temperature)
+    if settings.learn == "originals" or not batch.is_mixed:
+        logits = model(batch.images)
+        if teacher is None:
+            loss = cross_entropy(logits, labels, settings.label_smoothing)
+        else:
+            loss = kd_loss(logits, teacher, labels, **kd)
+        return loss, len(batch.images)
+    images = torch.cat([batch.images, batch.mixed])  # one forward: one batch's statistics
+    logits, mixed_logits = model(images).split([len(batch.images), len(batch.mixed)])
+    if teacher is None:
+        return supermix_loss(logits, labels, mixed_logits, batch.targets), len(images)
+    mixed_teacher = None
+    if settings.kd == "both":
+        if batch.mixed_teacher is None:
+            raise ValueError(
+                'kd="both": expected the teacher\'s labels of the mixes, got none. Pass a teacher '
+                'where the batches are made, or kd="originals".'
+            )
+        mixed_teacher = batch.mixed_teacher.softened(settings.temperature)
+    loss = supermix_kd_loss(
+        logits, labels, teacher, mixed_logits, batch.targets, mixed_teacher, **kd
+    )
+    return loss, len(images)
+
+
+def _calls(batch: Any) -> float:
+    """Forwards and backwards of the teacher that a batch took, in pictures."""
+    return batch.calls if isinstance(batch, MixBatch) else 0.0
+
+
+def _timed(batches: Any, progress: _Progress) -> Iterator[Any]:
+    """The batches; how long they are waited for is counted."""
+    iterator = iter(batches)
+    while True:
+        start = time.perf_counter()
+        batch = next(iterator, None)
+        progress.seconds["data"] += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+
+def _rest(train: Any, done: int) -> Any:
+    """The batches of an epoch after the first `done`."""
+    from accelerate import skip_first_batches
+
+    return skip_first_batches(train, done) if done else train
+
+
+def _set_epoch(train: Any, epoch: int) -> None:
+    """Tell the order, and who draws the mixes."""
+    for part in (train, getattr(train, "collate_fn", None)):
+        if callable(set_epoch := getattr(part, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def _average(network: nn.Module, settings: DistillSettings) -> Any:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    if settings.ema == 0:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+
+
+def _accelerator(settings: DistillSettings) -> Any:
+    """One whose shuffled loaders have an order by epoch, which a run that goes on can repeat."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed)
+    return Accelerator(cpu=not torch.accelerator.is_available(), dataloader_config=order)
+
+
+# -- validation ------------------------------------------------------------------------------------
+
+
+def evaluate(
+    student: nn.Module,
+    validation: Any,
+    accelerator: Any,
+    teacher: Callable[[Tensor], TeacherLabels] | None = None,
+) -> dict[str, float]:
+    """top1, top5, ece and agreement, in 0..1, over all processes.
+
+    Args:
+        student: images -> logits (B, N).
+        validation: a prepared DataLoader of ``(images, labels)``.
+        accelerator: which prepared it.
+        teacher: whose classes the student's are compared with.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    training = student.training
+    student.eval()
+    probs, labels, agreed = [], [], []
+    with torch.no_grad():
+        for images, targets, *_ in validation:
+            logits = student(images).float()
+            seen = [logits.softmax(dim=1), targets]
+            if teacher is not None:
+                seen.append(logits.argmax(dim=1) == teacher(images).hard)
+            gathered = accelerator.gather_for_metrics(seen)
+            probs.append(gathered[0].cpu())
+            labels.append(gathered[1].cpu())
+            agreed += [gathered[2].cpu()] if teacher is not None else []
+    student.train(training)
+    every, truth = torch.cat(probs), torch.cat(labels)
+    top = every.topk(min(5, every.shape[1]), dim=1).indices == truth[:, None]
+    found = {
+        "top1": float(top[:, 0].double().mean()),
+        "top5": float(top.any(dim=1).double().mean()),
+        "ece": float(multiclass_calibration_error(every, truth, num_classes=every.shape[1])),
+    }
+    return found | ({"agreement": float(torch.cat(agreed).double().mean())} if agreed else {})
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+class _Checkpoint:
+    """All that is needed to go on, in one file that is there whole or not at all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        network: nn.Module,
+        optimiser: Any,
+        average: Any,
+        settings: DistillSettings,
+    ) -> None:
+        self._folder, self._network, self._optimiser = folder, network, optimiser
+        self._average, self._settings = average, settings
+
+    def load(self) -> _Progress:
+        """Put everything where it was, if there is a run to go on with."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._folder / "last.safetensors"
+        if not path.exists():
+            return _Progress()
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            begun = json.loads(about["settings"])
+            progress = _Progress(**json.loads(about["progress"]))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"out: expected a checkpoint of this version, got {str(path)!r}: {error}. Remove "
+                "it to begin anew, or choose another folder."
+            ) from error
+        asked = json.loads(json.dumps(asdict(self._settings)))
+        different = [
+            f"{name} {begun.get(name)}, now {value}"
+            for name, value in asked.items()
+            if begun.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"out: expected the settings that {str(self._folder)!r} was begun with, got "
+                f"others: {'; '.join(different)}. Use those, or choose another folder."
+            )
+        try:
+            self._network.load_state_dict(_part(tensors, "model"))
+            if self._average is not None:
+                self._average.load_state_dict(_part(tensors, "average"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"out: expected the student that {str(self._folder)!r} was begun with, got another "
+                f"one: {str(error).splitlines()[0]} Choose another folder."
+            ) from error
+        state = self._optimiser.state_dict()
+        momenta = _part(tensors, "momentum")
+        state["state"] = {int(i): {"momentum_buffer": value} for i, value in momenta.items()}
+        self._optimiser.load_state_dict(state)
+        return progress
+
+    def save(self, progress: _Progress) -> None:
+        from safetensors.torch import save
+
+        parts = {"model": self._network.state_dict()}
+        if self._average is not None:
+            parts["average"] = self._average.state_dict()
+        parts["momentum"] = {
+            str(i): each["momentum_buffer"]
+            for i, each in self._optimiser.state_dict()["state"].items()
+            if each.get("momentum_buffer") is not None
+        }
+        tensors = {
+            f"{part}/{name}": value.detach().cpu().contiguous()
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
+        about = {
+            "settings": json.dumps(asdict(self._settings)),
+            "progress": json.dumps(asdict(progress)),
+        }
+        write_atomically(self._folder / "last.safetensors", save(tensors, about))
+
+    def save_best(self) -> None:
+        """The student's weights as they are judged, under its own names."""
+        from safetensors.torch import save
+
+        judged: Any = self._network if self._average is None else self._average.module
+        state = judged.network.state_dict()
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        write_atomically(self._folder / "best.safetensors", save(tensors))
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}/"
+    return {
+        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
+    }
+
+
+def _epoch_entry(progress: _Progress, loss: Tensor) -> dict[str, Any]:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise ValueError(
+            f"distill: expected a finite loss, got {value} in epoch {progress.epoch}. Lower lr, or "
+            "lengthen warmup_epochs; the last checkpoint is as it was."
+        )
+    return {"epoch": progress.epoch, "loss": value, "samples": progress.samples}
+
+
+def _line(entry: dict[str, Any], epochs: int) -> str:
+    shown = (f"{name} {100 * entry[name]:.2f} %" for name in ("top1", "top5") if name in entry)
+    return f"epoch {entry['epoch'] + 1} of {epochs}: loss {entry['loss']:.4f}  " + "  ".join(shown)
+
+
+def _summary(progress: _Progress, settings: DistillSettings, validated: bool) -> DistillSummary:
+    last = progress.history[-1] if progress.history else {}
+    return DistillSummary(
+        top1=last.get("top1"),
+        top5=last.get("top5"),
+        ece=last.get("ece"),
+        agreement=last.get("agreement"),
+        best_top1=progress.best if validated else None,
+        student_samples=progress.samples,
+        teacher_calls=progress.calls,
+        seconds=progress.seconds,
+        settings=asdict(settings),
+    )

@@ -1,0 +1,313 @@
+"""The training loop: what is learned from which batch, and runs that go on."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from colours import NUM_CLASSES, Pictures, colour_teacher, pictures
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
+from supermix_transforms.distill import MODERN, PAPER, DistillSettings, distill, evaluate
+from supermix_transforms.distill import _loss as loss_of
+from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FEW = DistillSettings(epochs=3, lr=0.05, warmup_epochs=1, save_steps=2)
+
+
+class Student(nn.Sequential):
+    """A small network with all that a checkpoint must hold."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(6, NUM_CLASSES),
+        )
+
+
+def student() -> nn.Module:
+    torch.manual_seed(3)
+    return Student()
+
+
+def online(count: int = 24, **options) -> DataLoader:
+    collate = SuperMixCollate(colour_teacher(), **options)
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(Pictures(count), 6, shuffle=True, generator=generator, collate_fn=collate)
+
+
+def plain(count: int = 24) -> DataLoader:
+    return DataLoader(TensorDataset(*pictures(count)), 6)
+
+
+def held_out() -> DataLoader:
+    return DataLoader(TensorDataset(*pictures(10, seed=9)), 4)
+
+
+def test_a_student_learns_from_mixes_and_the_results_have_their_keys(tmp_path):
+    lines = []
+    settings = DistillSettings(epochs=20, lr=0.2, warmup_epochs=1)
+    summary = distill(
+        student(),
+        online(target="hard"),
+        held_out(),
+        tmp_path,
+        settings=settings,
+        teacher=TeacherLabeler(colour_teacher()),
+        show=lines.append,
+    )
+    assert summary.top1 > 0.9
+    assert summary.top5 == 1
+    assert summary.agreement == summary.top1  # the teacher is always right here
+    assert summary.student_samples == 20 * 2 * 24
+    assert summary.teacher_calls >= 20 * 24
+    found = json.loads((tmp_path / "results.json").read_text())
+    names = {"top1", "top5", "ece", "agreement", "student_samples", "teacher_calls", "seconds"}
+    assert names <= found.keys()
+    assert found["seconds"].keys() == {"data", "mixing", "training"}
+    assert len(lines) == 20
+    assert lines[0].startswith("epoch 1 of 20: loss ")
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history[-1]["loss"] < history[0]["loss"]
+    best = Student()
+    best.load_state_dict(load_file(tmp_path / "best.safetensors"))
+    images, labels = pictures(10, seed=9)
+    best.eval()
+    assert (best(images).argmax(dim=1) == labels).double().mean() == summary.best_top1
+
+
+@pytest.mark.parametrize("kd", ["none", "originals", "both"])
+@pytest.mark.parametrize("target", ["hard", "soft"])
+def test_a_mixed_batch_gives_the_papers_losses(kd, target):
+    network = student().eval()
+    batch = next(iter(online(target=target)))
+    settings = DistillSettings(kd=kd, kd_weight=0.3, temperature=2.0)
+    loss, samples = loss_of(network, batch, settings)
+    logits, mixed = network(batch.images), network(batch.mixed)
+    if kd == "none":
+        expected = supermix_loss(logits, batch.labels, mixed, batch.targets)
+    else:
+        expected = supermix_kd_loss(
+            logits,
+            batch.labels,
+            batch.teacher.softened(2.0),
+            mixed,
+            batch.targets,
+            batch.mixed_teacher.softened(2.0) if kd == "both" else None,
+            temperature=2.0,
+            weight=0.3,
+        )
+    assert torch.allclose(loss, expected)
+    assert samples == 12
+
+
+@pytest.mark.parametrize("kd", ["none", "originals"])
+def test_a_labelled_batch_gives_cross_entropy_or_eq_8(kd):
+    network = student().eval()
+    images, labels = pictures(6)
+    loader = MixLoader([(images, labels)], labeler=TeacherLabeler(colour_teacher()))
+    (batch,) = loader
+    loss, samples = loss_of(network, batch, DistillSettings(kd=kd))
+    logits = network(images)
+    expected = F.cross_entropy(logits, labels)
+    if kd == "originals":
+        expected = kd_loss(logits, batch.teacher.softened(4.0), labels)
+    assert torch.allclose(loss, expected)
+    assert samples == 6
+    if kd == "none":
+        pair, _ = loss_of(network, (images, labels), DistillSettings(label_smoothing=0.1))
+        assert torch.allclose(pair, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("kd", ["none", "originals"])
+def test_of_a_mixed_batch_the_originals_alone_may_be_learned(kd):
+    """The baselines see the same views as the mixes are made of."""
+    network = student().eval()
+    batch = next(iter(online()))
+    loss, samples = loss_of(network, batch, DistillSettings(kd=kd, learn="originals"))
+    logits = network(batch.images)
+    expected = F.cross_entropy(logits, batch.labels)
+    if kd == "originals":
+        expected = kd_loss(logits, batch.teacher.softened(4.0), batch.labels)
+    assert torch.allclose(loss, expected)
+    assert samples == 6
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last.safetensors")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5, 9, 11])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ema, after):
+    settings = DistillSettings(epochs=3, lr=0.05, warmup_epochs=1, save_steps=3, ema=ema)
+    whole = distill(student(), online(), held_out(), tmp_path / "whole", settings=settings)
+    network, steps = student(), []
+
+    def stop(*_):
+        if network.training:
+            steps.append(1)
+            if len(steps) > after:
+                raise Stop
+
+    handle = network.register_forward_hook(stop)
+    with pytest.raises(Stop):
+        distill(network, online(), held_out(), tmp_path / "parts", settings=settings)
+    handle.remove()
+    parts = distill(student(), online(), held_out(), tmp_path / "parts", settings=settings)
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    histories = [
+        json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "parts")
+    ]
+    assert histories[0] == histories[1]
+    assert (whole.top1, whole.student_samples) == (parts.top1, parts.student_samples)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = distill(student(), online(), held_out(), tmp_path, settings=FEW)
+    before = weights(tmp_path)
+    again = distill(student(), online(), held_out(), tmp_path, settings=FEW)
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+    assert again == first
+
+
+def test_evaluation_is_what_the_metrics_say():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    network = student().eval()
+    images, labels = pictures(10, seed=9)
+    loader = accelerator.prepare(held_out())
+    found = evaluate(network, loader, accelerator, TeacherLabeler(colour_teacher()))
+    logits = network(images).detach()
+    assert found["top1"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert found["top5"] == 1
+    assert found["agreement"] == found["top1"]
+    confidence, hit = logits.softmax(1).max(1).values, (logits.argmax(1) == labels).float()
+    bins = (confidence * 15).long()
+    gap = sum(abs(float((confidence - hit)[bins == each].sum())) for each in bins.unique()) / len(
+        labels
+    )
+    assert found["ece"] == pytest.approx(gap, abs=1e-5)
+
+
+def test_the_average_is_what_is_judged_and_kept(tmp_path):
+    settings = DistillSettings(epochs=2, lr=0.05, warmup_epochs=0, ema=0.9)
+    distill(student(), online(), held_out(), tmp_path, settings=settings)
+    kept, best = weights(tmp_path), load_file(tmp_path / "best.safetensors")
+    averaged = {
+        name.removeprefix("average/module.network."): value
+        for name, value in kept.items()
+        if name.startswith("average/module.")
+    }
+    assert averaged.keys() == best.keys()
+    name = "0.weight"
+    assert not torch.equal(averaged[name], kept[f"model/network.{name}"])
+
+
+def test_learning_rates_of_the_presets():
+    def rates(settings, steps_per_epoch=10):
+        steps = settings.epochs * steps_per_epoch
+        return [settings.rate(step, steps, steps_per_epoch) for step in range(steps)]
+
+    paper = rates(PAPER)
+    assert paper[0] == pytest.approx(0.1 / 50)
+    assert paper[49] == paper[1999] == 0.1
+    places = [2000, 3000, 4000, 5000]  # epochs 200, 300, 400, 500 of 600
+    for number, place in enumerate(places, 1):
+        assert paper[place] == pytest.approx(0.1 * 0.1**number)
+        assert paper[place - 1] == pytest.approx(0.1 * 0.1 ** (number - 1))
+    modern = rates(MODERN)
+    assert max(modern) == pytest.approx(0.1)
+    assert modern[-1] < 1e-6
+    assert all(a >= b for a, b in pairwise(modern[50:]))
+
+
+def test_uint8_pictures_are_scaled_and_normalised(tmp_path):
+    seen = []
+    network = student()
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images, labels = pictures(6, dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(images, labels), 6)
+    settings = DistillSettings(epochs=1, warmup_epochs=0)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    distill(network, loader, None, tmp_path, settings=settings, mean=mean, std=std)
+    expected = (images.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    assert torch.allclose(seen[0], expected)
+
+
+def test_without_validation_there_are_no_figures_of_it(tmp_path):
+    summary = distill(student(), plain(), None, tmp_path, settings=FEW)
+    assert (summary.top1, summary.best_top1, summary.teacher_calls) == (None, None, 0)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+# -- what can go wrong -----------------------------------------------------------------------------
+
+
+def test_kd_wants_the_teachers_labels(tmp_path):
+    settings = DistillSettings(epochs=1, kd="both")
+    with pytest.raises(ValueError, match="expected batches with the teacher's labels, got list"):
+        distill(student(), plain(), None, tmp_path, settings=settings)
+
+
+def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
+    distill(student(), plain(), None, tmp_path, settings=FEW)
+    other = DistillSettings(epochs=3, lr=0.06, warmup_epochs=1, save_steps=2)
+    with pytest.raises(ValueError, match=r"got others: lr 0\.05, now 0\.06"):
+        distill(student(), plain(), None, tmp_path, settings=other)
+    with pytest.raises(ValueError, match="expected the student that"):
+        other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
+        distill(other_net, plain(), None, tmp_path, settings=FEW)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_checkpoint_that_is_damaged_is_an_error(tmp_path, content):
+    (tmp_path / "last.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="expected a checkpoint of this version"):
+        distill(student(), plain(), None, tmp_path, settings=FEW)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    settings = DistillSettings(epochs=1, lr=1e30, warmup_epochs=0)
+    with pytest.raises(ValueError, match="expected a finite loss, got"):
+        distill(student(), plain(), None, tmp_path, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected an integer of at least 1"),
+        ({"save_steps": 1.5}, "save_steps: expected an integer"),
+        ({"lr": -1.0}, "lr: expected a number in 0..inf"),
+        ({"lr": math.inf}, "lr: expected a number"),
+        ({"ema": 1.5}, r"ema: expected a number in 0\.\.1"),
+        ({"kd_weight": "x"}, "kd_weight: expected a number"),
+        ({"temperature": 0}, "temperature: expected a positive number"),
+        ({"schedule": "none"}, "schedule: expected"),
+        ({"kd": "mixes"}, "kd: expected"),
+        ({"learn": "mixes"}, "learn: expected"),
+    ],
+)
+def test_settings_out_of_range_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillSettings(**options)
