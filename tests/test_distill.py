@@ -275,8 +275,8 @@ def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
     other = DistillSettings(epochs=3, lr=0.06, warmup_epochs=1, save_steps=2)
     with pytest.raises(ValueError, match=r"got others: lr 0\.05, now 0\.06"):
         distill(student(), plain(), None, tmp_path, settings=other)
+    other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
     with pytest.raises(ValueError, match="expected the student that"):
-        other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
         distill(other_net, plain(), None, tmp_path, settings=FEW)
 
 
