@@ -93,18 +93,19 @@ class MixBatch:
         self._images, self._labels, self._ids = images, labels, ids
         self._mixer, self._token = mixer, token
         self._result: MixResult | None = None
+        self._holds = False  # a result that came from elsewhere
         self._device: torch.device | str | int | None = None  # where .to() was asked to put all
 
     def hold(self, result: MixResult) -> None:
-        """Take mixes that were made elsewhere; the mixer then travels with the batch."""
-        self._result = result
+        """Take mixes that were made elsewhere; its mixer, which has no teacher, may travel then."""
+        self._result, self._holds = result, True
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) if self._token == "" else {**vars(self), "_mixer": None}
+        return vars(self) if self._holds else {**vars(self), "_mixer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self._token == "":
+        if self._holds:
             return
         self._mixer = _mixers.get(self._token)
         if self._mixer is not None and threading.current_thread() is threading.main_thread():
