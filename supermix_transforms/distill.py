@@ -31,7 +31,15 @@ from supermix_transforms.losses import (
 )
 from supermix_transforms.results import TeacherLabels
 
-__all__ = ["MODERN", "PAPER", "DistillSettings", "DistillSummary", "distill", "evaluate"]
+__all__ = [
+    "MODERN",
+    "PAPER",
+    "DistillSettings",
+    "DistillSummary",
+    "distill",
+    "evaluate",
+    "print_distilled",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class DistillSummary:
     student_samples: int  # pictures that the student was trained on
     teacher_calls: float  # forwards and backwards while mixing, of one picture each
     seconds: dict[str, float]  # data, mixing, training
+    process: int = 0  # whose summary this is
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -236,7 +245,7 @@ def distill(
             write_atomically(folder / "history.json", json.dumps(progress.history).encode())
             show(_line(entry, settings.epochs))
         save()
-    summary = _summary(progress, settings, validation is not None)
+    summary = _summary(progress, settings, validation is not None, accelerator.process_index)
     if accelerator.is_main_process:
         content = json.dumps(asdict(summary), indent=1) + "\n"
         write_atomically(folder / "results.json", content.encode())
@@ -345,9 +354,11 @@ def _rest(train: Any, done: int) -> Any:
 
 def _set_epoch(train: Any, epoch: int) -> None:
     """Tell the order, and who draws the mixes."""
-    for part in (train, getattr(train, "collate_fn", None)):
+    for name in ("dataset", "collate_fn"):
+        part = getattr(train, name, None)
         if callable(set_epoch := getattr(part, "set_epoch", None)):
             set_epoch(epoch)
+    train.set_epoch(epoch)
 
 
 def _average(network: nn.Module, settings: DistillSettings) -> Any:
@@ -524,7 +535,26 @@ def _line(entry: dict[str, Any], epochs: int) -> str:
     return f"epoch {entry['epoch'] + 1} of {epochs}: loss {entry['loss']:.4f}  " + "  ".join(shown)
 
 
-def _summary(progress: _Progress, settings: DistillSettings, validated: bool) -> DistillSummary:
+def print_distilled(summary: DistillSummary) -> None:
+    """What came out, on standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for name in ("top1", "best_top1", "top5", "ece", "agreement"):
+        value = getattr(summary, name)
+        if value is not None:
+            console.print(f"{name} {100 * value:.2f} %")
+    seconds = ", ".join(f"{name} {each:.0f} s" for name, each in summary.seconds.items())
+    console.print(
+        f"{summary.student_samples:,} pictures for the student, {summary.teacher_calls:,.0f} calls "
+        f"of the teacher; {seconds}",
+        soft_wrap=True,
+    )
+
+
+def _summary(
+    progress: _Progress, settings: DistillSettings, validated: bool, process: int
+) -> DistillSummary:
     last = progress.history[-1] if progress.history else {}
     return DistillSummary(
         top1=last.get("top1"),
@@ -535,5 +565,6 @@ def _summary(progress: _Progress, settings: DistillSettings, validated: bool) ->
         student_samples=progress.samples,
         teacher_calls=progress.calls,
         seconds=progress.seconds,
+        process=process,
         settings=asdict(settings),
     )

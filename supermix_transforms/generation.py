@@ -437,7 +437,13 @@ def _check_choices(
 
 def _num_classes(dataset: ShardDataset, draws: ViewDraws, labeler: TeacherLabeler) -> int:
     """The teacher's, asked with one picture."""
-    index, picture, _ = next(dataset.readable(range(len(dataset)), labelled=False))
+    first = next(dataset.readable(range(len(dataset)), labelled=False), None)
+    if first is None:
+        raise ValueError(
+            "shards: expected pictures, got none that can be read. Look at the warnings before "
+            "this."
+        )
+    index, picture, _ = first
     prepared = draws.view.prepare(picture)
     image = torch.from_numpy(draws.view.cut(prepared, draws(prepared, 0, index)))
     return labeler(image[None]).num_classes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NamedTeacher", "load_teacher"]
+__all__ = ["NamedTeacher", "load_student", "load_teacher"]
 
 FORMS = "timm/NAME, torchvision/NAME, pytorchcv/NAME, efficientnet-lite0 or FILE.py:FUNCTION"
 INSTALL = dict.fromkeys(  # what is not here has its import's name
@@ -56,6 +56,47 @@ def load_teacher(name: str, *, weights: str | Path | None = None) -> NamedTeache
         raise ValueError(f"teacher: expected {FORMS}, got {name!r}. Write one of these forms.")
     state = None if weights is None else read_state(weights)  # before anything is built
     return loaders[scheme](net, state) if net else _efficientnet_lite0(state)
+
+
+def load_student(name: str, num_classes: int, *, weights: str | Path | None = None) -> nn.Module:
+    """A network of random weights for that many classes, in training mode, on the CPU.
+
+    Args:
+        name: ``timm/NAME``, ``torchvision/NAME``, ``pytorchcv/NAME``, or ``FILE.py:FUNCTION``,
+            whose function returns the network as it is to be trained.
+        num_classes: N; a FILE's function knows its own.
+        weights: to begin with, as for `load_teacher`.
+
+    Raises:
+        ValueError, ImportError: as `load_teacher`.
+    """
+    scheme, _, net = name.partition("/")
+    if name.endswith(".py") or ".py:" in name:
+        model = _from_file(name, None).model
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"student: expected {name!r} to return a module, got {type(model).__name__}. "
+                "A plain callable has nothing to train."
+            )
+    elif scheme == "timm" and net:
+        timm = _import("timm")
+        _check_name("timm", net, timm.list_models())
+        model = timm.create_model(net, pretrained=False, num_classes=num_classes)
+    elif scheme == "torchvision" and net:
+        models = _import("torchvision.models")
+        _check_name("torchvision", net, models.list_models(module=models))
+        model = models.get_model(net, weights=None, num_classes=num_classes)
+    elif scheme == "pytorchcv" and net:
+        provider = _import("pytorchcv.model_provider")
+        _check_name("pytorchcv", net, provider._models)
+        model = provider.get_model(net, pretrained=False, num_classes=num_classes)
+    else:
+        forms = FORMS.replace(" efficientnet-lite0 or", " or").replace(",  or", " or")
+        raise ValueError(f"student: expected {forms}, got {name!r}. Write one of these forms.")
+    if weights is not None:
+        _fill(name, model, read_state(weights))
+    student: nn.Module = model.train()
+    return student
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

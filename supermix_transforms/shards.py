@@ -36,6 +36,7 @@ __all__ = [
     "ShardSampler",
     "ShardSummary",
     "UnreadableError",
+    "check_some",
     "find_shards",
     "index_shards",
     "print_index",
@@ -171,10 +172,12 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The samples of a batch; with ``on_error="skip"`` those of them that can be read."""
-        return [
+        samples = [
             (picture if self.transform is None else self.transform(picture), label)
             for _, picture, label in self.readable(indices)
         ]
+        check_some(samples, len(indices))
+        return samples
 
     def readable(
         self, indices: Sequence[int], *, labelled: bool = True
@@ -184,9 +187,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         With ``on_error="skip"`` those that can not be read are left out and counted.
 
         Raises:
-            ValueError: as `read`, and where none can be read.
+            ValueError: as `read`.
         """
-        found = 0
         for index in indices:
             try:
                 sample = self.read(index, labelled=labelled)
@@ -195,13 +197,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
                     raise
                 self.skip(str(error))
                 continue
-            found += 1
             yield index, *sample
-        if found == 0 and len(indices) > 0:
-            raise ValueError(
-                f"shards: expected a batch of {len(indices)} samples, got none that can be read. "
-                "Look at the warnings before this for the reasons."
-            )
 
     def name(self, index: int) -> str:
         """Shard and key of a sample."""
@@ -285,6 +281,15 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
                 f"shards: expected a class index as the label of {name}, got {text[:60]!r} in its "
                 f"{suffix}. Pass the class names as labels=, or a function that reads it."
             ) from None
+
+
+def check_some(samples: Sequence[Any], asked: int) -> None:
+    """Raise a ValueError if nothing is left of a batch."""
+    if not samples and asked > 0:
+        raise ValueError(
+            f"shards: expected a batch of {asked} samples, got none that can be read. Look at the "
+            "warnings before this for the reasons."
+        )
 
 
 class HasLengths(Protocol):

@@ -486,3 +486,69 @@ def test_help_of_the_offline_commands_has_an_example(command, capsys):
     shown = capsys.readouterr().out
     assert f"\n  supermix {command} " in shown
     assert "--json" in shown
+
+
+# -- distill ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distilling(generating, tmp_path):
+    """A command line that trains on shards of colours."""
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    line = ["distill", "--shards", generating[2], "--student", f"{net}:build", "--epochs", "2"]
+    return [*line, "--batch-size", "5", "--out", str(tmp_path / "run")]
+
+
+ONLINE = ["--size", "16", "--view", "random-crop"]
+
+
+def test_distill_mixes_while_it_trains_and_holds_a_tenth_out(distilling, generating, capsys):
+    teacher = ["--teacher", generating[generating.index("--teacher") + 1]]
+    assert main([*distilling, *teacher, *ONLINE, "--kd", "both", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["student_samples"] == 2 * 2 * 19  # of 22, three are held out
+    assert found["teacher_calls"] > 0
+    assert 0 <= found["top1"] <= 1
+    assert found["agreement"] is not None
+    assert "epoch 2 of 2: loss " in captured.err
+    folder = Path(distilling[-1])
+    assert {path.name for path in folder.iterdir()} == {
+        "best.safetensors",
+        "history.json",
+        "last.safetensors",
+        "results.json",
+    }
+    assert main([*distilling, *teacher, *ONLINE, "--kd", "both"]) == 0  # finished: nothing is done
+    assert "top1 " in capsys.readouterr().out
+
+
+def test_distill_from_recipes_needs_no_teacher(distilling, generating, capsys):
+    assert main(generating) == 0
+    recipes = ["--recipes", generating[4]]
+    assert main([*distilling, *recipes, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["top1"], found["teacher_calls"], found["student_samples"]) == (None, 0, 2 * 44)
+    distilling[-1] += "-2"
+    validation = ["--validation", generating[2]]
+    assert main([*distilling, *recipes, *validation, "--learn", "originals", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["student_samples"] == 2 * 22
+    assert found["top1"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "distill: expected --teacher or --recipes, got neither"),
+        (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),
+        (["--teacher", "timm/nothing"], "teacher: expected a classifier of timm"),
+    ],
+)
+def test_distill_says_what_is_wrong(distilling, capsys, options, message):
+    assert main([*distilling, *options]) == 2
+    assert f"supermix: error: {message}" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from supermix_transforms.models import NamedTeacher, load_teacher, read_state
+from supermix_transforms.models import NamedTeacher, load_student, load_teacher, read_state
 
 timm = pytest.importorskip("timm")
 
@@ -297,3 +297,35 @@ def test_torchvision_without_a_network_asks_for_a_weights_file(tmp_path, monkeyp
     monkeypatch.setattr("torch.hub.urlopen", offline)
     with pytest.raises(ValueError, match=r"of torchvision/squeezenet1_1, got URLError: .*no netw"):
         load_teacher("torchvision/squeezenet1_1")
+
+
+# -- students --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "torchvision/mobilenet_v3_small"])
+def test_a_student_has_the_classes_asked_for_and_is_in_training(name):
+    student = load_student(name, 7)
+    assert student.training
+    student.eval()
+    with torch.no_grad():
+        assert student(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_a_student_of_a_file_is_as_its_function_returns_it(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text("from torch import nn\ndef build():\n    return nn.Linear(2, 3)\n")
+    student = load_student(f"{file}:build", 9)
+    assert student(torch.zeros(1, 2)).shape == (1, 3)
+    weights = tmp_path / "net.pt"
+    torch.save({key: value + 1 for key, value in student.state_dict().items()}, weights)
+    again = load_student(f"{file}:build", 9, weights=weights)
+    assert torch.equal(again.bias, student.bias + 1)
+    file.write_text("def build():\n    return lambda images: images\n")
+    with pytest.raises(ValueError, match=r"student: expected .* to return a module, got function"):
+        load_student(f"{file}:build", 9)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/", "nobody/resnet18", "timm/resnet999"])
+def test_students_that_are_none_are_errors(name):
+    with pytest.raises(ValueError, match="expected"):
+        load_student(name, 10)

@@ -294,6 +294,25 @@ def test_a_picture_that_can_not_be_read_any_more(usual, shards, monkeypatch, on_
     assert dataset.skipped == 3
 
 
+def test_a_group_of_which_nothing_can_be_read_does_not_end_the_batch(usual, shards, monkeypatch):
+    from supermix_transforms import shards as module
+
+    dataset = ShardDataset(shards, on_error="skip")
+    mixes = replay(usual.folder, dataset)
+    group = mixes[0].group
+    gone = {dataset.name(int(sample)).rpartition("/")[2] for sample in group.sample}
+    read_picture = module.read_picture
+
+    def fail(name, content):
+        if name.split()[0] in gone:
+            raise ValueError("a torn picture")
+        return read_picture(name, content)
+
+    monkeypatch.setattr(module, "read_picture", fail)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert [mix.number for mix in mixes.__getitems__([0, 1, 5, 6])] == [5, 6]
+
+
 def test_pictures_that_are_decoded_otherwise_are_an_error(usual, monkeypatch):
     mixes = usual.replay()
     monkeypatch.setattr(type(mixes._view), "cut", lambda *_: np.zeros((3, 16, 16), dtype="u1"))
