@@ -2,14 +2,15 @@
 
     python examples/paper/students.py --data ../shared/data --work students/ --methods ce kd
 
-The paper (Table 2, ResNet-56 to ResNet-20, 234,000 steps; top-1, %): KD 70.66; MixUp 72.00, CutMix
-72.33, SuperMix 72.64; with KD 72.89, 72.67, 73.19. Here a run has --steps steps of 128 originals and
-128 mixes; one that learns from originals alone has twice as many of 128, so that all students see
-equally many pictures.
+The paper (Table 2, ResNet-56 to ResNet-20, 234,000 steps; top-1, %): KD 70.66; MixUp 72.00,
+CutMix 72.33, SuperMix 72.64; with KD 72.89, 72.67, 73.19. Here a run has --steps steps of 128
+originals and 128 mixes; one that learns from originals alone has twice as many of 128, so that all
+students see equally many pictures.
 
-All methods read recipes of the same views, made once: a crop and a flip of 45,000 training pictures,
-before anything is mixed and before the teacher sees it. The last 5,000 training pictures are held
-out, and are what top-1 is measured on; --test measures on the test set, once, when all is decided.
+All methods read recipes of the same views, made once: a crop and a flip of 45,000 training
+pictures, before anything is mixed and before the teacher sees it. The last 5,000 training pictures
+are held out, and are what top-1 is measured on; --test measures on the test set, once, when all is
+decided.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
 other --seeds or --methods, one thread each, may share --work if each has an --out of its own.
