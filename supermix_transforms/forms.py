@@ -54,6 +54,8 @@ class Form(Protocol):
 
 
 class RecipeForm:
+    """Records of how the mixes are made again, see `recipes`."""
+
     name, suffix = "recipes", ".recipe"
 
     def __init__(self, layout: Layout) -> None:
@@ -71,6 +73,8 @@ class RecipeForm:
 
 
 class ShardForm:
+    """Samples of mixed pictures, see `mixedshards`."""
+
     name, suffix = "shards", ".tar"
 
     def __init__(

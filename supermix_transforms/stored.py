@@ -72,7 +72,7 @@ def _walk(sources: Tensor) -> list[int]:
         while row is not None and row in left:
             del left[row]
             order.append(row)
-            row = row_of.get(int(sources[row, 1])) if sources.shape[1] > 1 else None
+            row = row_of.get(int(sources[row, 1]))
     return order
 
 
