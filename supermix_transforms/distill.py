@@ -230,7 +230,7 @@ def distill(
             progress.seconds["mixing"] += mixed - start
             progress.seconds["training"] += time.perf_counter() - mixed
             if progress.step % settings.save_steps == 0:
-                progress.loss = float(total)
+                progress.loss = float(accelerator.reduce(total, "mean"))
                 save()
         entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
         if validation is not None:
