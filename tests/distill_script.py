@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from colours import NUM_CLASSES
 from torch import nn
 from torch.utils.data import DataLoader
@@ -39,6 +40,7 @@ def main() -> None:
         network.register_forward_hook(lambda *_: time.sleep(float(sys.argv[6])))
     settings = DistillSettings(epochs=epochs, lr=0.05, warmup_epochs=1, kd="both", save_steps=1)
     distill(network, train, None, out, settings=settings)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
