@@ -5,16 +5,18 @@
     summary = distill(student, train, validation, "run/", settings=PAPER)
 
 What a batch holds decides what is learned from it: a `MixBatch` (online, or from `replay`) has
-originals, mixes and the teacher's labels of both; one of a `MixLoader` without a transform has
-originals and the teacher's labels; a plain ``(images, labels)`` is cross-entropy. Runs on any
-number of processes that Accelerate knows of. Killed, it goes on with the very next batch.
+originals, mixes and the teacher's labels of both; of a plain ``(images, labels)`` the teacher is
+asked where its labels are wanted. Runs on any number of processes that Accelerate knows of. Killed,
+it goes on with the very next batch.
 """
 
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from supermix_transforms.batch import MixBatch
+from supermix_transforms.checkpoints import Checkpoint, Progress
 from supermix_transforms.files import write_atomically
 from supermix_transforms.losses import (
     cross_entropy,
@@ -60,6 +63,7 @@ class DistillSettings:
     milestones: tuple[float, ...] = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of all steps; lr times `gamma`
     gamma: float = 0.1
     learn: Literal["both", "originals"] = "both"  # of batches that hold mixes
+    labels: Literal["data", "teacher"] = "data"  # of originals; "teacher": its classes, as of mixes
     kd: Literal["none", "originals", "both"] = "none"  # where Eq. 8 stands for the cross-entropy
     kd_weight: float = 0.1  # lambda_KD
     temperature: float = 4.0  # tau, relative to that of the batch's labels
@@ -92,6 +96,8 @@ class DistillSettings:
             raise ValueError(f'schedule: expected "step" or "cosine", got {self.schedule!r}.')
         if self.learn not in ("both", "originals"):
             raise ValueError(f'learn: expected "both" or "originals", got {self.learn!r}.')
+        if self.labels not in ("data", "teacher"):
+            raise ValueError(f'labels: expected "data" or "teacher", got {self.labels!r}.')
         if self.kd not in ("none", "originals", "both"):
             raise ValueError(f'kd: expected "none", "originals" or "both", got {self.kd!r}.')
 
@@ -126,23 +132,6 @@ class DistillSummary:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class _Progress:
-    """Where a run stands; a checkpoint holds it beside the tensors."""
-
-    epoch: int = 0
-    batch: int = 0  # of the epoch, that are done
-    step: int = 0
-    loss: float = 0.0  # of these batches, together
-    samples: int = 0
-    calls: float = 0.0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"data": 0.0, "mixing": 0.0, "training": 0.0}
-    )
-    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
-    best: float = -1.0
-
-
 def distill(
     student: nn.Module,
     train: Any,
@@ -155,6 +144,7 @@ def distill(
     std: Sequence[float] | None = None,
     accelerator: Any = None,
     show: Callable[[str], None] = lambda line: None,
+    advance: Callable[[int, int], None] = lambda done, steps: None,
 ) -> DistillSummary:
     """Train a student, or go on with a run that was stopped.
 
@@ -171,12 +161,15 @@ def distill(
         validation: a DataLoader of ``(images, labels)``, or None.
         out: a folder; made if it is not there.
         settings: `PAPER`, `MODERN`, or others.
-        teacher: whose classes the student's are compared with: a `TeacherLabeler`.
+        teacher: a `TeacherLabeler`: labels originals where a batch does not hold its labels, and
+            is what the student is compared with in the end.
         mean, std: of each channel in 0..1; uint8 pictures are divided by 255 first.
         accelerator: None makes one, on the CPU where there is no GPU. One of your own needs
             ``DataLoaderConfiguration(use_seedable_sampler=True)``, or a loader with a sampler that
-            has `set_epoch`: a run that goes on then has the same order.
+            has `set_epoch`: a run that goes on then has the same order. Its trackers are given
+            each epoch's figures; it may accumulate gradients.
         show: is given a line for each epoch, on the first process.
+        advance: is told how many of all steps are done, after each, on the first process.
 
     Raises:
         ValueError: for batches that hold too little for the settings, a run that was begun with
@@ -198,10 +191,12 @@ def distill(
         average.to(accelerator.device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = _Checkpoint(folder, network, optimiser, average, settings)
+    checkpoint = Checkpoint(folder, network, optimiser, average, asdict(settings))
     progress = checkpoint.load()
     steps_per_epoch = len(train)
     steps = settings.epochs * steps_per_epoch
+
+    begun, saved = (progress.step, time.perf_counter()), progress.step
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -220,11 +215,12 @@ def distill(
             mixed = time.perf_counter()
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate(progress.step, steps, steps_per_epoch)
-            loss, samples = _loss(model, batch, settings)
-            accelerator.backward(loss)
-            optimiser.step()
-            optimiser.zero_grad()
-            if average is not None:
+            with accelerator.accumulate(model):
+                loss, samples = _loss(model, batch, settings, teacher)
+                accelerator.backward(loss)
+                optimiser.step()
+                optimiser.zero_grad()
+            if average is not None and accelerator.sync_gradients:
                 average.update_parameters(network)
             total = loss.detach() + total
             progress.samples += samples * accelerator.num_processes
@@ -233,21 +229,31 @@ def distill(
             progress.batch += 1
             progress.seconds["mixing"] += mixed - start
             progress.seconds["training"] += time.perf_counter() - mixed
-            if progress.step % settings.save_steps == 0:
+            if accelerator.is_main_process:
+                advance(progress.step, steps)
+            # accumulated gradients are in no checkpoint
+            if progress.step - saved >= settings.save_steps and accelerator.sync_gradients:
                 progress.loss = float(accelerator.reduce(total, "mean"))
+                saved = progress.step
                 save()
         entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
         if validation is not None:
             judged = network if average is None else average.module
-            entry |= evaluate(judged, validation, accelerator, teacher)
+            asked = settings.labels == "teacher" or progress.epoch + 1 == settings.epochs
+            found = evaluate(
+                judged, validation, accelerator, teacher if asked else None, settings.labels
+            )
+            entry |= found
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
+        accelerator.log(entry, step=progress.step)
         if accelerator.is_main_process:
             if entry.get("top1", -1.0) > progress.best:
                 progress.best = entry["top1"]
                 checkpoint.save_best()
             write_atomically(folder / "history.json", json.dumps(progress.history).encode())
-            show(_line(entry, settings.epochs))
+            show(_line(entry, settings.epochs, _seconds_left(progress.step, steps, *begun)))
+        saved = progress.step
         save()
     summary = _summary(progress, settings, validation is not None, accelerator.process_index)
     if accelerator.is_main_process:
@@ -283,54 +289,67 @@ class _Pictured(nn.Module):
         return logits
 
 
-def _loss(model: nn.Module, batch: Any, settings: DistillSettings) -> tuple[Tensor, int]:
+def _loss(
+    model: nn.Module,
+    batch: Any,
+    settings: DistillSettings,
+    teacher: Callable[[Tensor], TeacherLabels] | None = None,
+) -> tuple[Tensor, int]:
     """The loss of a batch, and how many pictures the student was given."""
-    if not isinstance(batch, MixBatch):
-        if settings.kd != "none":
-            raise ValueError(
-                f"kd={settings.kd!r}: expected batches with the teacher's labels, got "
-                f"{type(batch).__name__}. Wrap the loader: MixLoader(loader, labeler=labeler)."
-            )
-        images, labels = batch[0], batch[1]
-        return cross_entropy(model(images), labels, settings.label_smoothing), len(images)
-    labels = batch.labels
-    if labels is None:
-        raise ValueError(
-            "distill: expected labels of the originals, got none. Pass labels_getter= where the "
-            "batches are made."
-        )
+    images, labels, known = _originals(batch, settings, teacher)
     kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
-    teacher = None
+    soft = None
     if settings.kd != "none":
-        if batch.teacher is None:
-            raise ValueError(
-                f"kd={settings.kd!r}: expected the teacher's labels of the originals, got none. "
-                "Pass a teacher where the batches are made."
-            )
-        teacher = batch.teacher.softened(settings.temperature)
-    if settings.learn == "originals" or not batch.is_mixed:
-        logits = model(batch.images)
-        if teacher is None:
+        assert known is not None
+        soft = known.softened(settings.temperature)
+    if settings.learn == "originals" or not isinstance(batch, MixBatch) or not batch.is_mixed:
+        logits = model(images)
+        if soft is None:
             loss = cross_entropy(logits, labels, settings.label_smoothing)
         else:
-            loss = kd_loss(logits, teacher, labels, **kd)
-        return loss, len(batch.images)
-    images = torch.cat([batch.images, batch.mixed])  # one forward: one batch's statistics
-    logits, mixed_logits = model(images).split([len(batch.images), len(batch.mixed)])
-    if teacher is None:
-        return supermix_loss(logits, labels, mixed_logits, batch.targets), len(images)
-    mixed_teacher = None
+            loss = kd_loss(logits, soft, labels, **kd)
+        return loss, len(images)
+    both = torch.cat([images, batch.mixed])  # one forward: one batch's statistics
+    logits, mixed_logits = model(both).split([len(images), len(batch.mixed)])
+    if soft is None:
+        return supermix_loss(logits, labels, mixed_logits, batch.targets), len(both)
+    mixed_soft = None
     if settings.kd == "both":
         if batch.mixed_teacher is None:
             raise ValueError(
                 'kd="both": expected the teacher\'s labels of the mixes, got none. Pass a teacher '
                 'where the batches are made, or kd="originals".'
             )
-        mixed_teacher = batch.mixed_teacher.softened(settings.temperature)
-    loss = supermix_kd_loss(
-        logits, labels, teacher, mixed_logits, batch.targets, mixed_teacher, **kd
-    )
-    return loss, len(images)
+        mixed_soft = batch.mixed_teacher.softened(settings.temperature)
+    loss = supermix_kd_loss(logits, labels, soft, mixed_logits, batch.targets, mixed_soft, **kd)
+    return loss, len(both)
+
+
+def _originals(
+    batch: Any, settings: DistillSettings, teacher: Callable[[Tensor], TeacherLabels] | None
+) -> tuple[Tensor, Tensor, TeacherLabels | None]:
+    """Pictures, their labels, and, where the settings want them, the teacher's."""
+    mixes = isinstance(batch, MixBatch)
+    images, labels = (batch.images, batch.labels) if mixes else (batch[0], batch[1])
+    known = batch.teacher if mixes else None
+    wanted = settings.kd != "none" or settings.labels == "teacher"
+    if wanted and known is None:
+        if teacher is None:
+            raise ValueError(
+                f"distill: kd={settings.kd!r} and labels={settings.labels!r} need the teacher's "
+                "labels of the originals, and there are none. Pass teacher=, or a teacher where "
+                "the batches are made."
+            )
+        known = teacher(images)
+    if settings.labels == "teacher":
+        assert known is not None
+        labels = known.hard
+    if labels is None:
+        raise ValueError(
+            "distill: expected labels of the originals, got none. Pass labels_getter= where the "
+            'batches are made, or labels="teacher".'
+        )
+    return images, labels, known
 
 
 def _calls(batch: Any) -> float:
@@ -338,7 +357,7 @@ def _calls(batch: Any) -> float:
     return batch.calls if isinstance(batch, MixBatch) else 0.0
 
 
-def _timed(batches: Any, progress: _Progress) -> Iterator[Any]:
+def _timed(batches: Any, progress: Progress) -> Iterator[Any]:
     """The batches; how long they are waited for is counted."""
     iterator = iter(batches)
     while True:
@@ -390,6 +409,7 @@ def evaluate(
     validation: Any,
     accelerator: Any,
     teacher: Callable[[Tensor], TeacherLabels] | None = None,
+    labels: Literal["data", "teacher"] = "data",
 ) -> dict[str, float]:
     """top1, top5, ece and agreement, in 0..1, over all processes.
 
@@ -398,138 +418,42 @@ def evaluate(
         validation: a prepared DataLoader of ``(images, labels)``.
         accelerator: which prepared it.
         teacher: whose classes the student's are compared with.
+        labels: "teacher": its classes stand for the labels.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+    )
 
     training = student.training
     student.eval()
-    probs, labels, agreed = [], [], []
+    seen: dict[str, list[Tensor]] = defaultdict(list)
     with torch.no_grad():
         for images, targets, *_ in validation:
-            logits = student(images).float()
-            seen = [logits.softmax(dim=1), targets]
+            each = {"probs": student(images).float().softmax(dim=1), "labels": targets}
             if teacher is not None:
-                seen.append(logits.argmax(dim=1) == teacher(images).hard)
-            gathered = accelerator.gather_for_metrics(seen)
-            probs.append(gathered[0].cpu())
-            labels.append(gathered[1].cpu())
-            agreed += [gathered[2].cpu()] if teacher is not None else []
+                each["classes"] = teacher(images).hard
+            for name, value in accelerator.gather_for_metrics(each).items():
+                seen[name].append(value.cpu())
     student.train(training)
-    every, truth = torch.cat(probs), torch.cat(labels)
-    top = every.topk(min(5, every.shape[1]), dim=1).indices == truth[:, None]
+    every = {name: torch.cat(values) for name, values in seen.items()}
+    probs, truth = every["probs"], every["classes" if labels == "teacher" else "labels"]
+    classes = probs.shape[1]
+    micro: dict[str, Any] = {"num_classes": classes, "average": "micro"}
     found = {
-        "top1": float(top[:, 0].double().mean()),
-        "top5": float(top.any(dim=1).double().mean()),
-        "ece": float(multiclass_calibration_error(every, truth, num_classes=every.shape[1])),
+        "top1": multiclass_accuracy(probs, truth, **micro),
+        "top5": multiclass_accuracy(probs, truth, top_k=min(5, classes), **micro),
+        "ece": multiclass_calibration_error(probs, truth, num_classes=classes),
     }
-    return found | ({"agreement": float(torch.cat(agreed).double().mean())} if agreed else {})
+    if "classes" in every:
+        found["agreement"] = multiclass_accuracy(probs, every["classes"], **micro)
+    return {name: float(value) for name, value in found.items()}
 
 
 # -- what is kept ----------------------------------------------------------------------------------
 
 
-class _Checkpoint:
-    """All that is needed to go on, in one file that is there whole or not at all."""
-
-    def __init__(
-        self,
-        folder: Path,
-        network: nn.Module,
-        optimiser: Any,
-        average: Any,
-        settings: DistillSettings,
-    ) -> None:
-        self._folder, self._network, self._optimiser = folder, network, optimiser
-        self._average, self._settings = average, settings
-
-    def load(self) -> _Progress:
-        """Put everything where it was, if there is a run to go on with."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self._folder / "last.safetensors"
-        if not path.exists():
-            return _Progress()
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            begun = json.loads(about["settings"])
-            progress = _Progress(**json.loads(about["progress"]))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"out: expected a checkpoint of this version, got {str(path)!r}: {error}. Remove "
-                "it to begin anew, or choose another folder."
-            ) from error
-        asked = json.loads(json.dumps(asdict(self._settings)))
-        different = [
-            f"{name} {begun.get(name)}, now {value}"
-            for name, value in asked.items()
-            if begun.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"out: expected the settings that {str(self._folder)!r} was begun with, got "
-                f"others: {'; '.join(different)}. Use those, or choose another folder."
-            )
-        try:
-            self._network.load_state_dict(_part(tensors, "model"))
-            if self._average is not None:
-                self._average.load_state_dict(_part(tensors, "average"))
-        except RuntimeError as error:
-            raise ValueError(
-                f"out: expected the student that {str(self._folder)!r} was begun with, got another "
-                f"one: {str(error).splitlines()[0]} Choose another folder."
-            ) from error
-        state = self._optimiser.state_dict()
-        momenta = _part(tensors, "momentum")
-        weights = list(self._network.parameters())
-        state["state"] = {
-            int(i): {"momentum_buffer": torch.empty_like(weights[int(i)]).copy_(value)}
-            for i, value in momenta.items()  # in the layout of the weights
-        }
-        self._optimiser.load_state_dict(state)
-        return progress
-
-    def save(self, progress: _Progress) -> None:
-        from safetensors.torch import save
-
-        parts = {"model": self._network.state_dict()}
-        if self._average is not None:
-            parts["average"] = self._average.state_dict()
-        parts["momentum"] = {
-            str(i): each["momentum_buffer"]
-            for i, each in self._optimiser.state_dict()["state"].items()
-            if each.get("momentum_buffer") is not None
-        }
-        tensors = {
-            f"{part}/{name}": value.detach().cpu().contiguous()
-            for part, values in parts.items()
-            for name, value in values.items()
-        }
-        about = {
-            "settings": json.dumps(asdict(self._settings)),
-            "progress": json.dumps(asdict(progress)),
-        }
-        write_atomically(self._folder / "last.safetensors", save(tensors, about))
-
-    def save_best(self) -> None:
-        """The student's weights as they are judged, under its own names."""
-        from safetensors.torch import save
-
-        judged: Any = self._network if self._average is None else self._average.module
-        state = judged.network.state_dict()
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        write_atomically(self._folder / "best.safetensors", save(tensors))
-
-
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    start = f"{name}/"
-    return {
-        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
-    }
-
-
-def _epoch_entry(progress: _Progress, loss: Tensor) -> dict[str, Any]:
+def _epoch_entry(progress: Progress, loss: Tensor) -> dict[str, Any]:
     value = float(loss)
     if not math.isfinite(value):
         raise ValueError(
@@ -539,9 +463,16 @@ def _epoch_entry(progress: _Progress, loss: Tensor) -> dict[str, Any]:
     return {"epoch": progress.epoch, "loss": value, "samples": progress.samples}
 
 
-def _line(entry: dict[str, Any], epochs: int) -> str:
-    shown = (f"{name} {100 * entry[name]:.2f} %" for name in ("top1", "top5") if name in entry)
-    return f"epoch {entry['epoch'] + 1} of {epochs}: loss {entry['loss']:.4f}  " + "  ".join(shown)
+def _line(entry: dict[str, Any], epochs: int, left: float) -> str:
+    shown = [f"{name} {100 * entry[name]:.2f} %" for name in ("top1", "top5") if name in entry]
+    start = f"epoch {entry['epoch'] + 1} of {epochs}: loss {entry['loss']:.4f}"
+    end = [f"{timedelta(seconds=round(left))} left"] if entry["epoch"] + 1 < epochs else []
+    return "  ".join([start, *shown, *end])
+
+
+def _seconds_left(step: int, steps: int, first: int, since: float) -> float:
+    """At the pace of this call, which began `since` with step `first`."""
+    return (steps - step) * (time.perf_counter() - since) / max(1, step - first)
 
 
 def print_distilled(summary: DistillSummary) -> None:
@@ -562,7 +493,7 @@ def print_distilled(summary: DistillSummary) -> None:
 
 
 def _summary(
-    progress: _Progress, settings: DistillSettings, validated: bool, process: int
+    progress: Progress, settings: DistillSettings, validated: bool, process: int
 ) -> DistillSummary:
     last = progress.history[-1] if progress.history else {}
     return DistillSummary(

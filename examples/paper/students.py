@@ -7,10 +7,11 @@ CutMix 72.33, SuperMix 72.64; with KD 72.89, 72.67, 73.19. Here a run has --step
 originals and 128 mixes; one that learns from originals alone has twice as many of 128, so that all
 students see equally many pictures.
 
-All methods read recipes of the same views, made once: a crop and a flip of 45,000 training
-pictures, before anything is mixed and before the teacher sees it. The last 5,000 training pictures
-are held out, and are what top-1 is measured on; --test measures on the test set, once, when all is
-decided.
+All methods read recipes of the same views, made once: a crop and a flip of each training picture,
+before anything is mixed and before the teacher sees it. There are about 45,000 mixes in any case:
+one of each picture if the student has 45,000 (--pictures), 22 of each if it has but 2,000. The last
+5,000 training pictures are held out, and are what top-1 is measured on; --test measures on the test
+set, once, when all is decided.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
 other --seeds or --methods, one thread each, may share --work if each has an --out of its own.
@@ -37,7 +38,7 @@ from supermix_transforms import ShardDataset, ShardSampler, SolverSettings, gene
 from supermix_transforms.distill import PAPER, DistillSettings, distill
 from supermix_transforms.files import write_atomically
 
-BATCH, HELD_OUT, GROUP, SEED = 128, 5000, 200, 0
+BATCH, SHARD, HELD_OUT, MIXES, GROUP, SEED = 128, 1000, 5000, 45_000, 200, 0
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
 SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is asked for
     "supermix": {},
@@ -60,17 +61,20 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
 
 def shards_of(data: Path, work: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Tars of the training, the held-out and the test pictures."""
-    folder = work / "cifar100"
+    folder = work / f"shards-{SHARD}"
     if not (folder / "classes.json").exists():
         unpack = [sys.executable, str(data / "unpack.py"), "cifar100", str(folder)]
-        subprocess.run([*unpack, "--format", "shards", "--shard-size", str(HELD_OUT)], check=True)
+        subprocess.run([*unpack, "--format", "shards", "--shard-size", str(SHARD)], check=True)
     train = sorted(folder.glob("train-*.tar"))
-    return train[:-1], train[-1:], sorted(folder.glob("test-*.tar"))
+    kept = HELD_OUT // SHARD
+    return train[:-kept], train[-kept:], sorted(folder.glob("test-*.tar"))
 
 
-def recipes_of(name: str, data: Path, work: Path, shards: list[Path], passes: int) -> Path:
+def recipes_of(name: str, data: Path, work: Path, shards: list[Path]) -> Path:
     """The folder of a mixed set; made, or gone on with, if it is not whole."""
-    out = work / f"{name}-{passes}"
+    pictures = SHARD * len(shards)
+    passes = MIXES // pictures
+    out = work / f"{name}-{pictures}"
     dataset = ShardDataset(shards, transform=VIEW)
     teacher = cifar_teacher(data, "cifar100")
     options = {"passes": passes, "top": 20, "batch_size": GROUP, "unit_batches": 5, "seed": SEED}
@@ -95,7 +99,8 @@ def settings_of(method: dict[str, Any], steps: int, steps_per_epoch: int, seed: 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     method = METHODS[name]
     shards, held_out, test = shards_of(options.data, options.work)
-    folder = recipes_of(method["set"], options.data, options.work, shards, options.passes)
+    shards = shards[: options.pictures // SHARD]
+    folder = recipes_of(method["set"], options.data, options.work, shards)
     mixes = replay(folder, ShardDataset(shards), target=method.get("target", "hard"))
     sampler = ShardSampler(mixes, seed=seed, window=0)
     loader = DataLoader(mixes, BATCH, sampler=sampler, collate_fn=mixes.collate)
@@ -109,7 +114,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         student,
         loader,
         DataLoader(judged, 500),
-        options.work / "runs" / f"{name}-{options.steps}-{options.passes}-{seed}",
+        options.work / "runs" / f"{name}-{options.steps}-{options.pictures}-{seed}",
         settings=settings,
         teacher=cifar_teacher(options.data, "cifar100"),
         mean=mean,
@@ -121,7 +126,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "method": name,
         "seed": seed,
         "steps": options.steps,
-        "passes": options.passes,
+        "pictures": options.pictures,
         "judged_on": "test" if options.test else "held out",
         "top1": summary.top1,
         "top5": summary.top5,
@@ -139,7 +144,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ce", "kd"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1760)
-    parser.add_argument("--passes", type=int, default=1, help="mixes of each picture")
+    parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--test", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,8 +158,13 @@ def main() -> None:
     }
     for seed in options.seeds:  # one of each method first, so that what is there is paired
         for name in options.methods:
-            case = {"method": name, "seed": seed, "steps": options.steps, "passes": options.passes}
-            case["judged_on"] = "test" if options.test else "held out"
+            case = {
+                "method": name,
+                "seed": seed,
+                "steps": options.steps,
+                "pictures": options.pictures,
+                "judged_on": "test" if options.test else "held out",
+            }
             if any(case.items() <= result.items() for result in content["results"]):
                 continue
             content["results"].append(train(name, seed, options))

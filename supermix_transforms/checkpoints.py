@@ -1,0 +1,131 @@
+"""Checkpoints of a training run: all that is needed to go on, in one file."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from supermix_transforms.files import write_atomically
+
+__all__ = ["Checkpoint", "Progress"]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint holds it beside the tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch, that are done
+    step: int = 0
+    loss: float = 0.0  # of these batches, together
+    samples: int = 0
+    calls: float = 0.0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"data": 0.0, "mixing": 0.0, "training": 0.0}
+    )
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
+    best: float = -1.0
+
+
+class Checkpoint:
+    """All that is needed to go on, in one file that is there whole or not at all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        network: nn.Module,
+        optimiser: Any,
+        average: Any,
+        settings: dict[str, Any],
+    ) -> None:
+        self._folder, self._network, self._optimiser = folder, network, optimiser
+        self._average, self._settings = average, settings
+
+    def load(self) -> Progress:
+        """Put everything where it was, if there is a run to go on with."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._folder / "last.safetensors"
+        if not path.exists():
+            return Progress()
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            begun = json.loads(about["settings"])
+            progress = Progress(**json.loads(about["progress"]))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"out: expected a checkpoint of this version, got {str(path)!r}: {error}. Remove "
+                "it to begin anew, or choose another folder."
+            ) from error
+        asked = json.loads(json.dumps(self._settings))
+        different = [
+            f"{name} {begun.get(name)}, now {value}"
+            for name, value in asked.items()
+            if begun.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"out: expected the settings that {str(self._folder)!r} was begun with, got "
+                f"others: {'; '.join(different)}. Use those, or choose another folder."
+            )
+        try:
+            self._network.load_state_dict(_part(tensors, "model"))
+            if self._average is not None:
+                self._average.load_state_dict(_part(tensors, "average"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"out: expected the student that {str(self._folder)!r} was begun with, got another "
+                f"one: {str(error).splitlines()[0]} Choose another folder."
+            ) from error
+        state = self._optimiser.state_dict()
+        momenta = _part(tensors, "momentum")
+        weights = list(self._network.parameters())
+        state["state"] = {
+            int(i): {"momentum_buffer": torch.empty_like(weights[int(i)]).copy_(value)}
+            for i, value in momenta.items()  # in the layout of the weights
+        }
+        self._optimiser.load_state_dict(state)
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        from safetensors.torch import save
+
+        parts = {"model": self._network.state_dict()}
+        if self._average is not None:
+            parts["average"] = self._average.state_dict()
+        parts["momentum"] = {
+            str(i): each["momentum_buffer"]
+            for i, each in self._optimiser.state_dict()["state"].items()
+            if each.get("momentum_buffer") is not None
+        }
+        tensors = {
+            f"{part}/{name}": value.detach().cpu().contiguous()
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
+        about = {
+            "settings": json.dumps(self._settings),
+            "progress": json.dumps(asdict(progress)),
+        }
+        write_atomically(self._folder / "last.safetensors", save(tensors, about))
+
+    def save_best(self) -> None:
+        """The student's weights as they are judged, under its own names."""
+        from safetensors.torch import save
+
+        judged: Any = self._network if self._average is None else self._average.module
+        state = judged.network.state_dict()
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        write_atomically(self._folder / "best.safetensors", save(tensors))
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}/"
+    return {
+        key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
+    }
