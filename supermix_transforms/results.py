@@ -13,6 +13,8 @@ from supermix_transforms.masks import Normalisation, render
 
 __all__ = ["ClassMaps", "Mixed", "Outcome", "TeacherLabels"]
 
+STEEPEST, HALVINGS = 60.0, 24  # where the log of a tail's ratio is searched, and how finely
+
 
 class Outcome(IntEnum):
     """How the search for a tuple's masks ended."""
@@ -84,15 +86,25 @@ class TeacherLabels:
     def softened(self, temperature: float) -> Tensor:
         """Probabilities (B, N) float32 at a temperature that many times higher than these labels'.
 
-        Of sparse labels, each class that was left out has an even part of the rest, as in `probs`.
+        Of sparse labels, the classes that were left out have even parts of what is left of the
+        mass. How much that is at another temperature depends on how it falls from class to class:
+        geometrically, it is taken, from the least that is stored, to the rest that is known.
 
         Raises:
             ValueError: if the temperature is not positive.
         """
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}.")
-        logits = self.log_probs if self.indices is None else self.probs.log()
-        return (logits / temperature).softmax(dim=1)
+        if self.indices is None or self.rest is None:
+            return (self.log_probs / temperature).softmax(dim=1)
+        log_probs = self.probs.gather(1, self.indices).log()
+        others = self.num_classes - log_probs.shape[1]
+        kept = (log_probs / temperature).exp()
+        left = _tail(log_probs[:, -1], self.rest, others, temperature)
+        whole = kept.sum(dim=1) + left
+        spread = (left / whole / max(others, 1)).unsqueeze(1)
+        kept = kept / whole.unsqueeze(1)
+        return spread.expand(-1, self.num_classes).scatter(1, self.indices, kept)
 
     @property
     def hard(self) -> Tensor:
@@ -233,3 +245,23 @@ class Mixed:
             if isinstance(value, Tensor)
         }
         return replace(self, **values)
+
+
+def _tail(last: Tensor, rest: Tensor, count: int, temperature: float) -> Tensor:
+    """The sum of ``p ** (1 / temperature)`` over `count` classes whose p add up to `rest`, (B,).
+
+    They are taken to be ``exp(last) * ratio ** j``, j = 1..count, with the ratio in 0..1 that gives
+    the rest; all alike where the rest is more than that.
+    """
+
+    def series(log_ratio: Tensor) -> Tensor:
+        return log_ratio.exp() * (count * log_ratio).expm1() / log_ratio.expm1()
+
+    low, high = torch.full_like(last, -STEEPEST), torch.zeros_like(last)  # of the ratio's log
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        above = last.exp() * series(middle) > rest
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    falling = (last / temperature).exp() * series(middle / temperature)
+    even = count * (rest / max(count, 1)) ** (1 / temperature)
+    return torch.where(rest < count * last.exp(), falling, even)

@@ -543,6 +543,32 @@ def test_softened_labels_are_those_of_a_higher_temperature():
         labels.softened(0)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.05, 0.8])
+def test_a_tail_that_falls_geometrically_is_softened_exactly(slope):
+    log_probs = (-slope * torch.arange(40.0)).log_softmax(dim=0)[None]
+    sparse = TeacherLabels.from_logits(log_probs, top=6)
+    expected = (log_probs / 4).softmax(dim=1)
+    softened = sparse.softened(4.0)
+    stored = torch.zeros(40, dtype=torch.bool).index_fill(0, sparse.indices[0], True)
+    assert torch.allclose(softened[0, stored], expected[0, stored], atol=1e-3)
+    left = expected[0, ~stored].sum()
+    assert float(softened[0, ~stored].sum()) == pytest.approx(float(left), abs=2e-3)
+    assert softened[0, ~stored].unique().numel() == 1  # which class has how much is not known
+
+
+def test_softened_labels_without_a_rest_are_those_that_are_stored():
+    certain = TeacherLabels(
+        torch.tensor([[-0.5, -1.0]]).half(), 5, torch.tensor([[3, 1]]), torch.zeros(1)
+    )
+    softened = certain.softened(4.0)
+    assert softened.isfinite().all()
+    assert float(softened[0, [3, 1]].sum()) > 0.999
+    all_kept = TeacherLabels(
+        torch.tensor([[-0.5, -1.0]]).half(), 2, torch.tensor([[1, 0]]), torch.zeros(1)
+    )
+    assert torch.allclose(all_kept.softened(4.0).sum(), torch.ones(()))
+
+
 def test_sparse_labels_of_all_classes_are_dense():
     labels = TeacherLabeler(plain(), top=5)(noise())
     assert labels.indices is None
