@@ -6,11 +6,8 @@ import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, get_args, get_type_hints
-
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 import supermix_transforms
 from supermix_transforms.bench import METHODS, BenchReport, bench, print_report
@@ -22,13 +19,8 @@ from supermix_transforms.demo import (
     named_labeler,
     print_summary,
 )
-from supermix_transforms.distill import (
-    MODERN,
-    PAPER,
-    DistillSummary,
-    distill,
-    print_distilled,
-)
+from supermix_transforms.distill import DistillSummary, print_distilled
+from supermix_transforms.distillcommand import DISTILL_EXAMPLE, distill_options, run_distill
 from supermix_transforms.generation import (
     GenerateSummary,
     generate,
@@ -43,20 +35,16 @@ from supermix_transforms.inspection import (
     print_replayed,
     replay_pictures,
 )
-from supermix_transforms.loader import SuperMixCollate
-from supermix_transforms.models import load_student, load_teacher
+from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
-from supermix_transforms.replaying import replay
 from supermix_transforms.shards import (
     IndexSummary,
     ShardDataset,
-    ShardSampler,
     index_shards,
     print_index,
 )
 from supermix_transforms.solver import SolverSettings
-from supermix_transforms.units import Shown
-from supermix_transforms.views import ViewDraws
+from supermix_transforms.views import VIEWS
 
 DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
 MIX_EXAMPLE = """\
@@ -95,16 +83,6 @@ example:
   supermix inspect recipes/ --verify
 
 Exit code 1 if something is wrong or not finished."""
-
-DISTILL_EXAMPLE = """\
-examples:
-  supermix distill --shards 'train-{000..127}.tar' --teacher torchvision/resnet50 \\
-      --student torchvision/mobilenet_v3_small --preset modern --out run/
-  supermix distill --shards 'train-{000..127}.tar' --recipes recipes/ --validation val/ \\
-      --student timm/resnet18 --kd both --out run/
-
-Mixes are made while training, by the teacher, or read from recipes. Without --validation every
-tenth sample is held out; not with recipes, which were made of all. Started again, it goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,17 +213,6 @@ def _generate(arguments: argparse.Namespace) -> GenerateSummary:
         state.destroy_process_group()
 
 
-VIEWS: dict[str, Any] = {
-    "random-resized-crop": lambda size: v2.Compose(
-        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    ),
-    "random-crop": lambda size: v2.Compose(
-        [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
-    ),
-    "center-crop": lambda size: v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)]),
-}
-
-
 class _Terminated(BaseException):
     """SIGTERM came."""
 
@@ -265,73 +232,8 @@ def _terminable() -> Iterator[None]:
 
 
 def _distill(arguments: argparse.Namespace) -> DistillSummary:
-    preset = {"paper": PAPER, "modern": MODERN}[arguments.preset]
-    settings = replace(
-        preset,
-        epochs=arguments.epochs or preset.epochs,
-        lr=arguments.lr or preset.lr,
-        learn=arguments.learn,
-        kd=arguments.kd,
-        seed=arguments.seed,
-    )
-    dataset = ShardDataset(arguments.shards, cache_dir=arguments.cache_dir)
-    options: dict[str, Any] = {
-        "batch_size": arguments.batch_size,
-        "num_workers": arguments.num_workers,
-    }
-    labeler, mean, std = None, arguments.mean, arguments.std
-    state = process_state()
-    if arguments.teacher is not None:
-        teacher = load_teacher(arguments.teacher, weights=arguments.weights)
-        labeler = named_labeler(teacher, mean=mean, std=std, device=str(state.device))
-        mean, std = mean or teacher.mean, std or teacher.std
-    held_out: list[int] = []
-    train: DataLoader[Any]
-    if arguments.recipes is not None:
-        mixes = replay(arguments.recipes, dataset, target=arguments.target)
-        num_classes, size = int(mixes.settings["num_classes"]), mixes.settings["view"]["size"]
-        sampler = ShardSampler(mixes, seed=arguments.seed, window=0)
-        train = DataLoader(mixes, sampler=sampler, collate_fn=mixes.collate, **options)
-    elif labeler is None:
-        raise ValueError(
-            "distill: expected --teacher or --recipes, got neither. Name a teacher that mixes "
-            "while training, or recipes that one has made."
-        )
-    else:
-        side = arguments.size or teacher.size or 224
-        size = (side, side)
-        draws = ViewDraws(VIEWS[arguments.view](side), seed=arguments.seed)
-        held_out = [] if arguments.validation else list(range(0, len(dataset), 10))
-        kept = sorted(set(range(len(dataset))) - set(held_out))
-        collate = SuperMixCollate(
-            labeler, k=arguments.k, target=arguments.target, seed=arguments.seed
-        )
-        shown = Shown(dataset, draws, kept)
-        num_classes = labeler(shown[0][0][None]).num_classes
-        train = DataLoader(shown, shuffle=True, collate_fn=collate, **options)
-    middle = ViewDraws(v2.Compose([v2.Resize(list(size)), v2.CenterCrop(list(size))]), seed=0)
-    validation = None
-    if arguments.validation is not None:
-        dataset = ShardDataset(arguments.validation, cache_dir=arguments.cache_dir)
-        held_out = list(range(len(dataset)))
-    if held_out:
-        validation = DataLoader(Shown(dataset, middle, held_out), **options)
-    student = load_student(arguments.student, num_classes)
-    try:
-        with _terminable():
-            return distill(
-                student,
-                train,
-                validation,
-                arguments.out,
-                settings=settings,
-                teacher=labeler,
-                mean=mean,
-                std=std,
-                show=lambda line: print(line, file=sys.stderr),
-            )
-    finally:
-        state.destroy_process_group()
+    with _terminable():
+        return run_distill(arguments)
 
 
 def _replay(arguments: argparse.Namespace) -> ReplaySummary:
@@ -425,7 +327,8 @@ def _parser() -> argparse.ArgumentParser:
         commands, "distill", "train a student on originals and mixes", DISTILL_EXAMPLE
     )
     command.set_defaults(run=_distill, show=print_distilled)
-    _distill_options(command)
+    distill_options(command)
+    _output_options(command, out=None)
 
     command = _command(
         commands, "inspect", "say what is in a folder that generate wrote", INSPECT_EXAMPLE
@@ -470,33 +373,6 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
     add("--window", type=int, default=16, help="shards that are shuffled together")
     add("--num-workers", type=int, default=0, help="processes that read pictures")
     add("--dry-run", action="store_true", help="mix a few, write nothing, say what it would take")
-    _output_options(command, out=None)
-
-
-def _distill_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--shards", nargs="+", required=True, metavar="TAR|DIR|URL", help="labelled pictures")
-    add("--cache-dir", metavar="DIR", help="for copies of shards from elsewhere")
-    add("--recipes", metavar="DIR", help="what generate wrote of these shards")
-    add("--validation", nargs="+", metavar="TAR|DIR|URL", help="shards that are not trained on")
-    add("--student", required=True, metavar="NAME", help="timm/NAME, ..., as for --teacher")
-    add("--teacher", metavar="NAME", help="timm/NAME, torchvision/NAME, FILE.py:FUNCTION, ...")
-    add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
-    add("--mean", type=float, nargs="+", help="of each channel in 0..1; the teacher's")
-    add("--std", type=float, nargs="+", help="with --mean")
-    add(
-        "--size", type=int, metavar="PIXELS", help="side of the pictures; the teacher's own, or 224"
-    )
-    add("--view", choices=tuple(VIEWS), default="random-resized-crop", help="of each picture")
-    add("--k", type=int, default=2, help="pictures a mix")
-    add("--preset", choices=("paper", "modern"), default="paper", help="settings of the training")
-    add("--epochs", type=int, help="passes over the training data; the preset's")
-    add("--lr", type=float, help="the preset's")
-    add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
-    add("--kd", choices=("none", "originals", "both"), default="none", help="where Eq. 8 stands")
-    add("--target", choices=("hard", "soft"), default="hard", help="the teacher's label of mixes")
-    add("--batch-size", type=int, default=128, help="originals a step, and as many mixes")
-    add("--num-workers", type=int, default=0, help="processes that read pictures")
     _output_options(command, out=None)
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from supermix_transforms.batch import MixBatch
 from supermix_transforms.checkpoints import Checkpoint, Progress
 from supermix_transforms.files import write_atomically
+from supermix_transforms.hints import HintLoss
 from supermix_transforms.losses import (
     cross_entropy,
     kd_loss,
@@ -41,6 +42,7 @@ __all__ = [
     "DistillSummary",
     "distill",
     "evaluate",
+    "make_accelerator",
     "print_distilled",
 ]
 
@@ -58,7 +60,7 @@ class DistillSettings:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = 5.0  # but at most a tenth of all
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[float, ...] = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of all steps; lr times `gamma`
     gamma: float = 0.1
@@ -67,7 +69,7 @@ class DistillSettings:
     kd: Literal["none", "originals", "both"] = "none"  # where Eq. 8 stands for the cross-entropy
     kd_weight: float = 0.1  # lambda_KD
     temperature: float = 4.0  # tau, relative to that of the batch's labels
-    ema: float = 0.0  # decay of averaged weights a step, which are then what is evaluated; 0: none
+    ema: float = 0.0  # decay of averaged weights, less at first, which are evaluated then; 0: none
     label_smoothing: float = 0.0  # of the originals' labels
     save_steps: int = 1000  # between two checkpoints; one follows every epoch as well
     seed: int = 0  # of dropout and the like
@@ -103,7 +105,7 @@ class DistillSettings:
 
     def rate(self, step: int, steps: int, steps_per_epoch: int) -> float:
         """The learning rate of a step of all `steps`."""
-        warmup = self.warmup_epochs * steps_per_epoch
+        warmup = min(self.warmup_epochs * steps_per_epoch, steps / 10)
         if step < warmup:
             return self.lr * (step + 1) / warmup
         if self.schedule == "cosine":
@@ -140,9 +142,11 @@ def distill(
     *,
     settings: DistillSettings = PAPER,
     teacher: Callable[[Tensor], TeacherLabels] | None = None,
+    hints: HintLoss | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     accelerator: Any = None,
+    described: Mapping[str, Any] | None = None,
     show: Callable[[str], None] = lambda line: None,
     advance: Callable[[int, int], None] = lambda done, steps: None,
 ) -> DistillSummary:
@@ -163,11 +167,16 @@ def distill(
         settings: `PAPER`, `MODERN`, or others.
         teacher: a `TeacherLabeler`: labels originals where a batch does not hold its labels, and
             is what the student is compared with in the end.
+        hints: a loss of the originals' features, that is added. "crd" wants batches with the place
+            of each sample among those whose labels it was given: ``(images, labels, places)``, as
+            samples ``(picture, label, place)`` are stacked, also by a `SuperMixCollate`.
         mean, std: of each channel in 0..1; uint8 pictures are divided by 255 first.
         accelerator: None makes one, on the CPU where there is no GPU. One of your own needs
             ``DataLoaderConfiguration(use_seedable_sampler=True)``, or a loader with a sampler that
             has `set_epoch`: a run that goes on then has the same order. Its trackers are given
             each epoch's figures; it may accumulate gradients.
+        described: what else the run is made of, as JSON has it: data, transforms, networks. It is
+            kept beside the settings, and must be the same when the run goes on.
         show: is given a line for each epoch, on the first process.
         advance: is told how many of all steps are done, after each, on the first process.
 
@@ -175,8 +184,8 @@ def distill(
         ValueError: for batches that hold too little for the settings, a run that was begun with
             other settings or another student, and a loss that is not finite.
     """
-    accelerator = _accelerator(settings) if accelerator is None else accelerator
-    network = _Pictured(student, mean, std)
+    accelerator = make_accelerator(settings) if accelerator is None else accelerator
+    network = _Pictured(student, mean, std, hints)
     optimiser = torch.optim.SGD(
         network.parameters(),
         settings.lr,
@@ -184,14 +193,17 @@ def distill(
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
     )
-    average = _average(network, settings)
+    # the average would else be of what is trained beside the student, and hold the teacher twice
+    judged = network if hints is None else _Pictured(student, mean, std)
+    average = _average(judged, settings)
     model, optimiser, train = accelerator.prepare(network, optimiser, train)
     validation = None if validation is None else accelerator.prepare(validation)
     if average is not None:
         average.to(accelerator.device)
+    all_settings = {**asdict(settings), **(described or {})}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder, network, optimiser, average, asdict(settings))
+    checkpoint = Checkpoint(folder, network, optimiser, average, all_settings)
     progress = checkpoint.load()
     steps_per_epoch = len(train)
     steps = settings.epochs * steps_per_epoch
@@ -216,12 +228,12 @@ def distill(
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate(progress.step, steps, steps_per_epoch)
             with accelerator.accumulate(model):
-                loss, samples = _loss(model, batch, settings, teacher)
+                loss, samples = _loss(model, batch, settings, teacher, hints is not None)
                 accelerator.backward(loss)
                 optimiser.step()
                 optimiser.zero_grad()
             if average is not None and accelerator.sync_gradients:
-                average.update_parameters(network)
+                average.update_parameters(judged)
             total = loss.detach() + total
             progress.samples += samples * accelerator.num_processes
             progress.calls += _calls(batch) * accelerator.num_processes
@@ -238,10 +250,13 @@ def distill(
                 save()
         entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
         if validation is not None:
-            judged = network if average is None else average.module
             asked = settings.labels == "teacher" or progress.epoch + 1 == settings.epochs
             found = evaluate(
-                judged, validation, accelerator, teacher if asked else None, settings.labels
+                judged if average is None else average.module,
+                validation,
+                accelerator,
+                teacher if asked else None,
+                settings.labels,
             )
             entry |= found
         progress.history.append(entry)
@@ -255,7 +270,7 @@ def distill(
             show(_line(entry, settings.epochs, _seconds_left(progress.step, steps, *begun)))
         saved = progress.step
         save()
-    summary = _summary(progress, settings, validation is not None, accelerator.process_index)
+    summary = _summary(progress, all_settings, validation is not None, accelerator.process_index)
     if accelerator.is_main_process:
         content = json.dumps(asdict(summary), indent=1) + "\n"
         write_atomically(folder / "results.json", content.encode())
@@ -266,25 +281,41 @@ def distill(
 
 
 class _Pictured(nn.Module):
-    """A network that takes pictures as data sets give them."""
+    """A network that takes pictures as data sets give them, with what is trained beside it."""
 
     def __init__(
-        self, network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+        self,
+        network: nn.Module,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        hints: HintLoss | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError(f"expected mean and std together, got mean={mean} and std={std}.")
         # the faster layout of convolutions, on CPUs (1.6 times) as on GPUs
         self.network = network.to(memory_format=torch.channels_last)
+        self.hints = hints
         self._mean = None if mean is None else torch.tensor(mean)[:, None, None]
         self._std = None if std is None else torch.tensor(std)[:, None, None]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, hinted: tuple[int, Tensor | None] | None = None) -> Any:
+        """Logits; with `hinted`, how many originals there are and their places, a loss as well."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self._mean is not None and self._std is not None:
             images = (images - self._mean.to(images.device)) / self._std.to(images.device)
-        answer = self.network(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if hinted is None or self.hints is None:
+            return self._logits(images)
+        count, places = hinted
+        with self.hints.watching(self.network) as seen:
+            logits = self._logits(images)
+        # in one forward, so that DistributedDataParallel sees all that is trained
+        return logits, self.hints(seen, images[:count], places)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        answer = self.network(images)
         logits: Tensor = getattr(answer, "logits", answer)
         return logits
 
@@ -294,25 +325,27 @@ def _loss(
     batch: Any,
     settings: DistillSettings,
     teacher: Callable[[Tensor], TeacherLabels] | None = None,
+    hinted: bool = False,
 ) -> tuple[Tensor, int]:
     """The loss of a batch, and how many pictures the student was given."""
     images, labels, known = _originals(batch, settings, teacher)
+    mixes = settings.learn == "both" and isinstance(batch, MixBatch) and batch.is_mixed
+    pictures = torch.cat([images, batch.mixed]) if mixes else images
+    # one forward: one batch's statistics
+    every = model(pictures, (len(images), _places(batch))) if hinted else model(pictures)
+    every, hint = every if hinted else (every, 0.0)
+    logits, mixed_logits = every.split([len(images), len(pictures) - len(images)])
     kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
-    soft = None
-    if settings.kd != "none":
-        assert known is not None
-        soft = known.softened(settings.temperature)
-    if settings.learn == "originals" or not isinstance(batch, MixBatch) or not batch.is_mixed:
-        logits = model(images)
-        if soft is None:
-            loss = cross_entropy(logits, labels, settings.label_smoothing)
+    if settings.kd == "none":
+        if mixes:
+            loss = supermix_loss(logits, labels, mixed_logits, batch.targets)
         else:
-            loss = kd_loss(logits, soft, labels, **kd)
-        return loss, len(images)
-    both = torch.cat([images, batch.mixed])  # one forward: one batch's statistics
-    logits, mixed_logits = model(both).split([len(images), len(batch.mixed)])
-    if soft is None:
-        return supermix_loss(logits, labels, mixed_logits, batch.targets), len(both)
+            loss = cross_entropy(logits, labels, settings.label_smoothing)
+        return loss + hint, len(pictures)
+    assert known is not None
+    soft = known.softened(settings.temperature)
+    if not mixes:
+        return kd_loss(logits, soft, labels, **kd) + hint, len(pictures)
     mixed_soft = None
     if settings.kd == "both":
         if batch.mixed_teacher is None:
@@ -322,7 +355,15 @@ def _loss(
             )
         mixed_soft = batch.mixed_teacher.softened(settings.temperature)
     loss = supermix_kd_loss(logits, labels, soft, mixed_logits, batch.targets, mixed_soft, **kd)
-    return loss, len(both)
+    return loss + hint, len(pictures)
+
+
+def _places(batch: Any) -> Tensor | None:
+    """The third of ``(images, labels, places)``; of replayed mixes, the places of their own."""
+    if not isinstance(batch, MixBatch):
+        return batch[2] if len(batch) > 2 else None
+    sources = batch.extra.get("sources")
+    return batch.extra.get(2) if sources is None else sources[:, 0]
 
 
 def _originals(
@@ -390,15 +431,31 @@ def _average(network: nn.Module, settings: DistillSettings) -> Any:
 
     if settings.ema == 0:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+
+    def average(averages: Any, values: Any, count: Any) -> None:
+        # else the first weights, which are noise, would be most of a short run's average
+        decay = min(settings.ema, (1 + float(count)) / (10 + float(count)))
+        get_ema_multi_avg_fn(decay)(averages, values, count)
+
+    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
 
 
-def _accelerator(settings: DistillSettings) -> Any:
-    """One whose shuffled loaders have an order by epoch, which a run that goes on can repeat."""
+def make_accelerator(settings: DistillSettings, **options: Any) -> Any:
+    """One whose shuffled loaders have an order by epoch, which a run that goes on can repeat.
+
+    Args:
+        settings: of the run; its seed is that of the order, and its trackers are told all of them.
+        **options: of `accelerate.Accelerator`.
+    """
     from accelerate import Accelerator, DataLoaderConfiguration
 
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed)
-    return Accelerator(cpu=not torch.accelerator.is_available(), dataloader_config=order)
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, dataloader_config=order, **options)
+    if accelerator.log_with:
+        told = {name: str(value) for name, value in asdict(settings).items()}
+        accelerator.init_trackers("supermix", told)
+    return accelerator
 
 
 # -- validation ------------------------------------------------------------------------------------
@@ -493,7 +550,7 @@ def print_distilled(summary: DistillSummary) -> None:
 
 
 def _summary(
-    progress: Progress, settings: DistillSettings, validated: bool, process: int
+    progress: Progress, settings: dict[str, Any], validated: bool, process: int
 ) -> DistillSummary:
     last = progress.history[-1] if progress.history else {}
     return DistillSummary(
@@ -506,5 +563,5 @@ def _summary(
         teacher_calls=progress.calls,
         seconds=progress.seconds,
         process=process,
-        settings=asdict(settings),
+        settings=settings,
     )

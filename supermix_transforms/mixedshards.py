@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
@@ -15,7 +15,15 @@ from supermix_transforms.ledger import UnitEntry
 from supermix_transforms.pictures import read_picture
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
-__all__ = ["PictureFormat", "decoded", "encode_pictures", "samples_of", "write_info", "write_tar"]
+__all__ = [
+    "PictureFormat",
+    "decoded",
+    "encode_pictures",
+    "samples_of",
+    "stored_probs",
+    "write_info",
+    "write_tar",
+]
 
 PictureFormat: TypeAlias = Literal["png", "webp", "jpg"]
 SAVE: dict[str, dict[str, Any]] = {
@@ -98,6 +106,37 @@ def samples_of(
             sample["soft.npy"] = array.getvalue()
         samples.append(sample)
     return samples
+
+
+def stored_probs(members: Mapping[str, bytes], num_classes: int) -> Tensor:
+    """The teacher's label of a sample, (N,) float32; what a short one left out is spread evenly.
+
+    For ``ShardDataset(folder, labels=partial(stored_probs, num_classes=N))``.
+
+    Raises:
+        ValueError: for members without such a label, or with another one.
+    """
+    try:
+        if "soft.npy" in members:
+            array = np.load(io.BytesIO(members["soft.npy"]), allow_pickle=False)
+            probs = torch.from_numpy(array).float()
+            if probs.shape != (num_classes,):
+                raise ValueError(f"a label of shape {tuple(probs.shape)}")
+            return probs
+        label = json.loads(members["soft.json"])
+        top = TeacherLabels(
+            torch.tensor(label["log_probs"])[None].half(),
+            num_classes,
+            torch.tensor(label["indices"])[None],
+            torch.tensor(label["rest"])[None],
+        )
+        return top.probs[0]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"shards: expected the teacher's label of {num_classes} classes in soft.json or "
+            f"soft.npy, got {type(error).__name__}: {error}. Pass shards that `supermix generate "
+            "--as shards` wrote."
+        ) from error
 
 
 def write_info(folder: Path, entries: Sequence[UnitEntry]) -> None:

@@ -14,7 +14,7 @@ from supermix_transforms.mixing import Draw, generator
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PictureFiles", "png", "read_picture", "to_tensor"]
+__all__ = ["SUFFIXES", "PictureFiles", "png", "read_picture", "to_tensor"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ORDER_PURPOSE = 4  # of a stream of random numbers, beside those of mixing

@@ -6,7 +6,7 @@ given in inches, so nothing overlaps, whatever k is.
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +29,7 @@ __all__ = [
     "cost_bars",
     "make_panels",
     "overview",
+    "training_curves",
 ]
 
 TOP = 5  # classes whose probability is shown
@@ -37,6 +38,7 @@ TITLE, CAPTION, ARROW, BARS = 0.44, 0.34, 0.34, 2.6  # above and below pictures,
 MIX = 2 * CELL + GAP  # a mix is as high as an input over its mask
 ROW = TITLE + MIX + CAPTION
 FONT, LINE = 9, 0.18  # points; inches
+CURVE = "#2f8f5b"
 ASKED, OTHER, FAINT = "#8fd0a8", "#d4d4d4", "#666666"  # bars of the tuple's classes, others; text
 
 
@@ -203,6 +205,51 @@ def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "
     axes.set_xlabel(f"{unit}, logarithmic", fontsize=FONT)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
+    """Loss and validation of a run of `distill`, by epoch.
+
+    Args:
+        history: what ``history.json`` holds: "epoch", "loss", and "top1", "top5" in 0..1 where
+            there was a validation.
+
+    Raises:
+        ValueError: if there is no epoch.
+        ImportError: if matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError("history: expected at least one epoch to draw, got none.")
+    names = [name for name in ("top1", "top5") if all(name in entry for entry in history)]
+    size = (9 if names else 4.5, 3.2)
+    figure = require_matplotlib()(figsize=size, dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
+    epochs = [entry["epoch"] + 1 for entry in history]
+    marker = "o" if len(history) == 1 else ""  # a line of one point is not seen
+    panels[0].plot(epochs, [entry["loss"] for entry in history], color=FAINT, marker=marker)
+    panels[0].set_ylabel("training loss", fontsize=FONT)
+    for name, color in zip(names, (CURVE, FAINT), strict=False):
+        values = [100 * entry[name] for entry in history]
+        panels[1].plot(epochs, values, color=color, marker=marker)
+        label = f"top-{name[3:]}  {values[-1]:.1f} %"
+        panels[1].annotate(
+            label,
+            (epochs[-1], values[-1]),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=color,
+            fontsize=FONT,
+        )
+        panels[1].set_ylabel("validation, %", fontsize=FONT)
+    for axes in panels:
+        axes.set_xlabel("epoch", fontsize=FONT)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

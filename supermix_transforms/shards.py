@@ -153,22 +153,21 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             UnreadableError: for a picture or a label that can not be read.
             ValueError: for a shard that has changed.
         """
-        shard, known, row = self._place(index)
-        if shard in self._urls and not shard.exists():
-            fetch(self._urls[shard], shard, sha256=known.sha256)
-        wanted = [
-            suffix
-            for suffix in known.places
-            if suffix in PICTURES or (labelled and (suffix in LABELS or callable(self.labels)))
-        ]
-        members = read_members(shard, known, row, wanted)
-        name = f"{known.keys[row]} in {shard}"
+        name, members = self._members(index, pictures=True, labelled=labelled)
         suffix = next(suffix for suffix in PICTURES if suffix in members)
         try:
             picture = read_picture(name, members.pop(suffix))
         except ValueError as error:
             raise UnreadableError(str(error)) from error
         return picture, self._label(name, members) if labelled else None
+
+    def label(self, index: int) -> Any:
+        """The label of the sample at `index`; its picture is not read.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        return self._label(*self._members(index, pictures=False, labelled=True))
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The samples of a batch; with ``on_error="skip"`` those of them that can be read."""
@@ -258,6 +257,21 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         row = int(self._rows[number][place - self._starts[number]])
         return self.shards[number], self._indices[number], row
+
+    def _members(
+        self, index: int, *, pictures: bool, labelled: bool
+    ) -> tuple[str, dict[str, bytes]]:
+        """What a sample is called, and its picture, what tells its label, or both."""
+        shard, known, row = self._place(index)
+        if shard in self._urls and not shard.exists():
+            fetch(self._urls[shard], shard, sha256=known.sha256)
+        wanted = [
+            suffix
+            for suffix in known.places
+            if (pictures if suffix in PICTURES else labelled)
+            and (suffix in PICTURES or suffix in LABELS or callable(self.labels))
+        ]
+        return f"{known.keys[row]} in {shard}", read_members(shard, known, row, wanted)
 
     def _label(self, name: str, members: dict[str, bytes]) -> Any:
         if callable(self.labels):

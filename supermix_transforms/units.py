@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from supermix_transforms.shards import ShardDataset, ShardSampler, check_some
 from supermix_transforms.views import ViewDraws
 
-__all__ = ["Order", "Originals", "Places", "Shown", "Unit"]
+__all__ = ["Order", "Originals", "Places", "Unit"]
 
 
 class Unit(NamedTuple):
@@ -79,36 +79,6 @@ class Originals(Dataset[dict[str, Any]]):
             crop = self._draws(picture, epoch, index)
             image = torch.from_numpy(view.cut(picture, crop))
             samples.append({"image": image, "crop": torch.tensor(crop), "index": index})
-        check_some(samples, len(places))
-        return samples
-
-
-class Shown(Dataset[tuple[torch.Tensor, Any]]):
-    """Some samples ``(picture, label)`` as a view shows them, drawn anew in each epoch.
-
-    What is drawn depends on seed, epoch and index alone, so a run that goes on sees the same. Its
-    workers must not be persistent, or they would never hear of another epoch.
-    """
-
-    def __init__(self, dataset: ShardDataset, draws: ViewDraws, indices: Sequence[int]) -> None:
-        self._dataset, self._draws, self._indices = dataset, draws, indices
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, Any]:
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: Sequence[int]) -> list[tuple[torch.Tensor, Any]]:
-        view, samples = self._draws.view, []
-        for index, picture, label in self._dataset.readable([self._indices[p] for p in places]):
-            picture = view.prepare(picture)
-            image = view.cut(picture, self._draws(picture, self._epoch, index))
-            samples.append((torch.from_numpy(image), label))
         check_some(samples, len(places))
         return samples
 

@@ -20,7 +20,7 @@ from supermix_transforms.mixing import Draw, seeded
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Crop", "View", "ViewDraws"]
+__all__ = ["VIEWS", "Crop", "View", "ViewDraws"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -33,6 +33,15 @@ STAGES: tuple[Any, ...] = (
     (v2.CenterCrop, v2.RandomCrop, v2.RandomResizedCrop),
     v2.RandomHorizontalFlip,
 )
+VIEWS: dict[str, Any] = {  # of the command line: from a size to a transform
+    "random-resized-crop": lambda size: v2.Compose(
+        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    ),
+    "random-crop": lambda size: v2.Compose(
+        [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+    ),
+    "center-crop": lambda size: v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)]),
+}
 ALLOWED = "Resize, CenterCrop, RandomCrop, RandomResizedCrop, RandomHorizontalFlip"
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from colours import pictures
 from PIL import Image
+from safetensors.torch import load_file
 from tars import write_colours, write_shards
+from torchvision.transforms.v2.functional import to_pil_image
 
 from supermix_transforms import __version__
 from supermix_transforms.bench import bench as bench_function
@@ -519,6 +522,7 @@ def test_distill_mixes_while_it_trains_and_holds_a_tenth_out(distilling, generat
     folder = Path(distilling[-1])
     assert {path.name for path in folder.iterdir()} == {
         "best.safetensors",
+        "curve.png",
         "history.json",
         "last.safetensors",
         "results.json",
@@ -541,10 +545,96 @@ def test_distill_from_recipes_needs_no_teacher(distilling, generating, capsys):
     assert found["top1"] is not None
 
 
+@pytest.fixture
+def photos(generating, tmp_path):
+    """A folder with a subfolder for each of three colours, and the options that name it."""
+    images, labels = pictures(24, size=(20, 24), dtype=torch.uint8)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "photos" / f"colour{int(label)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(to_pil_image(image)))
+    teacher = generating[generating.index("--teacher") + 1]
+    return ["--images", str(tmp_path / "photos"), "--teacher", teacher, *ONLINE]
+
+
+def run_of(distilling, name: str, *options: str) -> list[str]:
+    """The command line without its shards, into a folder of its own."""
+    return [*distilling[:1], *distilling[3:-1], f"{distilling[-1]}-{name}", *options, "--json"]
+
+
+@pytest.fixture
+def own_precision():
+    """A process has one Accelerator's precision; here, many runs share the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("own_precision")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--labels", "teacher", "--preset", "modern"],
+        ["--mix", "cutmix", "--k", "3", "--augment", "cutout", "--accumulate", "2"],
+        ["--learn", "originals", "--kd", "originals", "--mixed-precision", "bf16"],
+        ["--mix", "mixup", "--alpha", "0.5", "--target", "soft", "--num-workers", "1"],
+    ],
+)
+def test_distill_reads_a_folder(distilling, photos, capsys, options):
+    name = options[1]
+    assert main(run_of(distilling, name, *photos, *options)) == 0
+    found = json.loads(capsys.readouterr().out)
+    pictures = 21 if "originals" in options else 42  # of 24, three are held out
+    assert found["student_samples"] == 2 * pictures
+    assert found["settings"]["images"].endswith("photos")
+    assert found["agreement"] is not None
+    if "teacher" in options:
+        assert found["top1"] == found["agreement"]
+    changed = run_of(distilling, name, *photos, *options, "--size", "12")
+    assert main(changed) == 2
+    assert "size 16, now 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hints", ["fitnet", "at", "vid", "crd"])
+def test_distill_with_losses_of_features(distilling, photos, tmp_path, capsys, hints):
+    net = tmp_path / "staged.py"
+    net.write_text(
+        "from torch import nn\n\n\nclass Staged(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.layer1 = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())\n"
+        "        self.layer2 = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU())\n"
+        "        self.fc = nn.Linear(6, 4)\n\n"
+        "    def forward(self, images):\n"
+        "        return self.fc(self.layer2(self.layer1(images)).mean(dim=(2, 3)))\n"
+    )
+    words = [*photos[:2], "--teacher", f"{net}:Staged", *ONLINE, "--hints", hints]
+    line = run_of(distilling, hints, *words, "--student", f"{net}:Staged")
+    assert main([*line, "--learn", "originals"]) == 0
+    assert json.loads(capsys.readouterr().out)["student_samples"] == 2 * 21
+    best = load_file(Path(f"{distilling[-1]}-{hints}") / "best.safetensors")
+    assert {name.partition(".")[0] for name in best} == {"layer1", "layer2", "fc"}
+
+
+def test_distill_tells_a_tracker(distilling, photos, capsys):
+    assert main(run_of(distilling, "tracked", *photos, "--tracker", "tensorboard")) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(f"{distilling[-1]}-tracked") / "supermix"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 2
+    assert {"loss", "top1", "top5", "ece"} <= set(events.Tags()["scalars"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "distill: expected --teacher or --recipes, got neither"),
+        ([], "distill: expected --teacher, --recipes or --mixed-shards, got none of them"),
+        (["--learn", "originals"], "distill: expected a number of classes, got no teacher"),
+        (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
+        (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),
         (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),
         (["--teacher", "timm/nothing"], "teacher: expected a classifier of timm"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,8 +14,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
-from supermix_transforms.distill import MODERN, PAPER, DistillSettings, distill, evaluate
+from supermix_transforms.distill import (
+    MODERN,
+    PAPER,
+    DistillSettings,
+    _Pictured,
+    distill,
+    evaluate,
+)
 from supermix_transforms.distill import _loss as loss_of
+from supermix_transforms.hints import HINTS, HintLoss
 from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -252,6 +261,74 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     assert torch.allclose(networks[0][1].weight, networks[1][1].weight, atol=1e-6)
 
 
+class Staged(nn.Module):
+    """A network with maps and a linear classifier, for losses of features."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(width, 6, 3, 2, 1), nn.ReLU())
+        self.fc = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, images):
+        return self.fc(self.layer2(self.layer1(images)).mean(dim=(2, 3)))
+
+
+def hinted(method: str) -> tuple[nn.Module, HintLoss]:
+    torch.manual_seed(5)
+    network, teacher = Staged(), Staged(5)
+    labels = pictures(24)[1] if method == "crd" else None
+    return network, HintLoss(method, network, teacher, pictures(2)[0], labels=labels)
+
+
+def numbered(count: int = 24) -> DataLoader:
+    """Mixes whose originals bring their places along."""
+    images, labels = pictures(count)
+    samples = TensorDataset(images, labels, torch.arange(count))
+    return DataLoader(samples, 6, shuffle=True, collate_fn=SuperMixCollate(colour_teacher()))
+
+
+@pytest.mark.parametrize("method", HINTS)
+def test_a_loss_of_features_is_of_the_originals_alone(method):
+    network, hints = hinted(method)
+    batch = next(iter(numbered()))
+    whole = _Pictured(network, None, None, hints)
+    torch.manual_seed(1)
+    loss, samples = loss_of(whole, batch, DistillSettings(), hinted=True)
+    other = hinted(method)
+    alone = _Pictured(other[0], None, None, other[1])
+    torch.manual_seed(1)  # crd draws
+    _, hint = alone(batch.images, (6, batch.extra[2]))
+    without, _ = loss_of(network, batch, DistillSettings())
+    assert (loss - without).item() == pytest.approx(hint.item(), rel=1e-4)
+    assert hint > 0
+    assert samples == 12
+
+
+@pytest.mark.parametrize("method", HINTS)
+def test_a_run_with_a_loss_of_features_goes_on_to_the_same_weights(tmp_path, method):
+    def run(name: str, advance=lambda done, steps: None):
+        network, hints = hinted(method)
+        options = {"settings": settings, "hints": hints, "advance": advance}
+        return distill(network, numbered(), held_out(), tmp_path / name, **options)
+
+    def stop(done: int, steps: int) -> None:
+        if done == 7:
+            raise Stop
+
+    settings = DistillSettings(epochs=3, lr=0.001, warmup_epochs=1, save_steps=1, ema=0.9)
+    run("whole")
+    with pytest.raises(Stop):
+        run("parts", stop)
+    run("parts")
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(name.startswith("model/hints.") for name in one) == (method != "at")
+    best = load_file(tmp_path / "whole" / "best.safetensors")
+    assert best.keys() == Staged().state_dict().keys()
+
+
 def test_trackers_hear_of_each_epoch(tmp_path):
     accelerator, heard = accumulating(1), []
     accelerator.log = lambda values, step: heard.append((step, values))
@@ -302,6 +379,17 @@ def test_the_average_is_what_is_judged_and_kept(tmp_path):
     assert not torch.equal(averaged[name], kept[f"model/network.{name}"])
 
 
+def test_a_short_run_is_not_averaged_with_its_first_weights(tmp_path):
+    settings = DistillSettings(epochs=6, lr=0.05, warmup_epochs=0, ema=0.9999)
+    network = student()
+    first = network[0].weight.detach().clone()
+    distill(network, online(), None, tmp_path, settings=settings)
+    last = network[0].weight.detach()
+    averaged = weights(tmp_path)["average/module.network.0.weight"]
+    assert (averaged - last).norm() < 0.5 * (first - last).norm()
+    assert not torch.equal(averaged, last)
+
+
 def test_learning_rates_of_the_presets():
     def rates(settings, steps_per_epoch=10):
         steps = settings.epochs * steps_per_epoch
@@ -314,6 +402,8 @@ def test_learning_rates_of_the_presets():
     for number, place in enumerate(places, 1):
         assert paper[place] == pytest.approx(0.1 * 0.1**number)
         assert paper[place - 1] == pytest.approx(0.1 * 0.1 ** (number - 1))
+    short = rates(replace(PAPER, epochs=10))
+    assert short[:10] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)])
     modern = rates(MODERN)
     assert max(modern) == pytest.approx(0.1)
     assert modern[-1] < 1e-6
@@ -355,6 +445,8 @@ def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
     other = DistillSettings(epochs=3, lr=0.06, warmup_epochs=1, save_steps=2)
     with pytest.raises(ValueError, match=r"got others: lr 0\.05, now 0\.06"):
         distill(student(), plain(), None, tmp_path, settings=other)
+    with pytest.raises(ValueError, match="got others: mix None, now cutmix"):
+        distill(student(), plain(), None, tmp_path, settings=FEW, described={"mix": "cutmix"})
     other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
     with pytest.raises(ValueError, match="expected the student that"):
         distill(other_net, plain(), None, tmp_path, settings=FEW)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from supermix_transforms.pictures import png
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "supermix_transforms"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITH_EXAMPLES = sorted(
     path.stem for path in PACKAGE.glob("*.py") if ">>>" in path.read_text(encoding="utf-8")
 )
@@ -31,7 +35,7 @@ def test_docstring_examples_print_what_they_say(name):
 
 @pytest.mark.slow
 def test_readme_blocks_run_one_after_the_other_as_they_stand(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4
     script = tmp_path / "pasted.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks))
@@ -40,3 +44,24 @@ def test_readme_blocks_run_one_after_the_other_as_they_stand(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "torch.Size([4, 3, 224, 224]) torch.Size([4, 1000])" in done.stdout
+
+
+@pytest.mark.slow
+def test_readmes_line_trains_a_student_on_a_folder_of_photos(tmp_path, monkeypatch, capsys):
+    from supermix_transforms.cli import main
+    from supermix_transforms.demo import demo_pictures
+
+    (line,) = re.findall(r"^    supermix (distill --images photos/.*)$", README, re.MULTILINE)
+    (tmp_path / "photos").mkdir()
+    photos = demo_pictures()
+    for name, picture in photos:
+        (tmp_path / "photos" / f"{Path(name).stem}.png").write_bytes(png(picture))
+    monkeypatch.chdir(tmp_path)
+    assert main([*line.split(), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "epoch 5 of 5: loss " in captured.err
+    found = json.loads(captured.out)
+    assert found["student_samples"] == 5 * 2 * (len(photos) - 1)  # one is held out
+    history = json.loads(Path("run/history.json").read_text())
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert {path.name for path in Path("run").iterdir()} >= {"curve.png", "best.safetensors"}

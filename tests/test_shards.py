@@ -256,3 +256,11 @@ def test_json_labels_that_nest_without_end_are_errors(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", picture(1)), ("a.json", b"[" * 100_000 + deep)])
     with pytest.raises(ValueError, match="expected a class index"):
         ShardDataset(tmp_path)[0]
+
+
+def test_a_label_is_read_without_its_picture(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.png", b"no picture"), ("0.cls", b"7"), ("0.json", b"3")])
+    dataset = ShardDataset(tmp_path / "a.tar")
+    assert dataset.label(0) == 7
+    seen = ShardDataset(tmp_path / "a.tar", labels=lambda members: sorted(members))
+    assert seen.label(0) == ["cls", "json"]

@@ -1,0 +1,234 @@
+"""Pictures to train on: of shards, of a folder, or of torchvision's data sets, in their views."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torchvision.datasets
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.pictures import SUFFIXES, read_picture
+from supermix_transforms.shards import check_some
+from supermix_transforms.views import ViewDraws
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "OtherPictures",
+    "PictureSet",
+    "Readable",
+    "Shown",
+    "open_folder",
+    "open_torchvision",
+]
+
+AUGMENT = 6  # purpose of random numbers, beside those of mixing
+
+
+class Readable(Protocol):
+    """What `Shown` reads: a `ShardDataset` or a `PictureSet`."""
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> Any: ...
+
+    def readable(
+        self, indices: Sequence[int], *, labelled: bool = True
+    ) -> Iterator[tuple[int, "Image", Any]]: ...
+
+
+class PictureSet:
+    """A data set of pairs ``(PIL image, class index)``, as torchvision's are without a transform.
+
+    Attributes:
+        classes: names in the order of their indices; None where nobody labelled the pictures, whose
+            label is 0 then.
+    """
+
+    def __init__(self, dataset: Any, classes: Sequence[str] | None) -> None:
+        self._dataset = dataset
+        self.classes = None if classes is None else tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def label(self, index: int) -> Any:
+        """The class index alone; the picture is not read where the data set has `targets`."""
+        targets = getattr(self._dataset, "targets", None)
+        return self._dataset[index][1] if targets is None else targets[index]
+
+    def readable(
+        self, indices: Sequence[int], *, labelled: bool = True
+    ) -> Iterator[tuple[int, "Image", Any]]:
+        """Index, picture (RGB) and label of each of these.
+
+        Raises:
+            ValueError: for a picture that can not be read.
+        """
+        for index in indices:
+            picture, label = self._dataset[index]
+            yield index, picture.convert("RGB"), label if labelled else None
+
+
+def open_folder(path: str | Path) -> PictureSet:
+    """The pictures of a folder: of its subfolders, each a class; or its own, of no class.
+
+    Subfolders are searched at any depth, in the order of their names.
+
+    Raises:
+        ValueError: if there is no such folder, no picture in it, or none in a class.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"images: expected a folder of pictures, got {str(path)!r}, which is none. Check the "
+            "path, or pass tars as --shards."
+        )
+    flat = any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+    kind = _OneClass if flat else torchvision.datasets.ImageFolder
+    try:
+        found = kind(
+            folder,
+            loader=lambda name: read_picture(str(name), Path(name).read_bytes()),
+            is_valid_file=lambda name: Path(name).suffix.lower() in SUFFIXES,
+        )
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(
+            f"images: expected pictures ({', '.join(SUFFIXES)}) in {str(path)!r}, or in a "
+            f"subfolder for each class, got {str(error).splitlines()[0]}"
+        ) from error
+    return PictureSet(found, None if flat else found.classes)
+
+
+class _OneClass(torchvision.datasets.ImageFolder):
+    """All pictures below a folder, whatever its subfolders."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        return ["."], {".": 0}
+
+
+def open_torchvision(name: str, root: str | Path, split: str = "train") -> PictureSet:
+    """A data set of torchvision that is there already, of pictures with classes: CIFAR100, ...
+
+    Args:
+        name: of the class in `torchvision.datasets`.
+        root: where its files are.
+        split: as the data set calls it; one with ``train=`` has "train" and "test".
+
+    Raises:
+        ValueError: for a name or a split that is none, files that are not there, and a data set
+            without classes.
+    """
+    kind = vars(torchvision.datasets).get(name) if name in torchvision.datasets.__all__ else None
+    options = {} if kind is None else inspect.signature(kind).parameters
+    if kind is None or not {"train", "split"} & options.keys():
+        raise ValueError(
+            "dataset: expected a data set of torchvision that has parts, such as CIFAR100, got "
+            f"{name!r}. See torchvision.datasets for the names; a folder is --images."
+        )
+    if "train" in options and split not in ("train", "test"):
+        raise ValueError(f'dataset: expected "train" or "test" of {name}, got {split!r}.')
+    part = {"train": split == "train"} if "train" in options else {"split": split}
+    try:
+        found = kind(root, **part)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"dataset: expected {name}, {split!r}, in {str(root)!r}, got {type(error).__name__}: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Fetch it first: "
+            f"torchvision.datasets.{name}({str(root)!r}, download=True)."
+        ) from error
+    if not hasattr(found, "classes"):
+        raise ValueError(
+            f"dataset: expected pictures with classes, got {name}, which names none. Use --images "
+            "with a folder for each class."
+        )
+    return PictureSet(found, [str(each) for each in found.classes])
+
+
+class Shown(Dataset[tuple[Tensor, Any, int]]):
+    """Some samples ``(picture, label, place)`` as a view shows them, drawn anew in each epoch.
+
+    What is drawn depends on seed, epoch and index alone, so a run that goes on sees the same. Its
+    workers must not be persistent, or they would never hear of another epoch.
+
+    Args:
+        dataset: a `ShardDataset` or a `PictureSet`.
+        draws: the views.
+        indices: of the samples, those that are shown.
+        augment: of each picture (3, H, W) uint8 after its view; draws from torch's global
+            generator. One with `set_epoch` hears of it.
+    """
+
+    def __init__(
+        self,
+        dataset: Readable,
+        draws: ViewDraws,
+        indices: Sequence[int],
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._dataset, self._draws, self.indices = dataset, draws, indices
+        self._augment, self._epoch = augment, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        set_epoch = getattr(self._augment, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def labels(self) -> Tensor:
+        """The class of each sample, (P,) int64."""
+        return torch.tensor([int(self._dataset.label(index)) for index in self.indices])
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Any, int]:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[tuple[Tensor, Any, int]]:
+        view, samples = self._draws.view, []
+        at = {self.indices[place]: place for place in places}
+        for index, picture, label in self._dataset.readable([self.indices[p] for p in places]):
+            picture = view.prepare(picture)
+            image = torch.from_numpy(view.cut(picture, self._draws(picture, self._epoch, index)))
+            if self._augment is not None:
+                draw = Draw(self._draws.seed, self._epoch, torch.tensor([index]))
+                with seeded(draw, AUGMENT, image.device):
+                    image = self._augment(image)
+            samples.append((image, label, at[index]))
+        check_some(samples, len(places))
+        return samples
+
+
+class OtherPictures:
+    """A ``mix=`` for `SuperMixCollate`: other pictures beside the originals, in the place of mixes.
+
+    The paper's baseline of unlabelled pictures (Tables 2 and 3, "ImgNet32"): the teacher labels
+    them. Of mixes that were written as shards they bring their own labels.
+
+    Args:
+        pictures: samples ``(picture, label, ...)``, uint8 tensors (C, H, W) of the originals' size.
+            A label that is a tensor of probabilities (N,) is handed on; another is not.
+    """
+
+    def __init__(self, pictures: Dataset[Any]) -> None:
+        self._pictures = pictures
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """As many pictures as there are originals, drawn by torch's global generator."""
+        pictures: Any = self._pictures
+        rows = torch.randint(len(pictures), (len(images),)).tolist()
+        if hasattr(pictures, "set_epoch"):
+            pictures.set_epoch(int(torch.randint(1 << 31, ())))  # another view each time
+        samples = pictures.__getitems__(rows)
+        found = torch.stack([sample[0] for sample in samples]).to(images)
+        if labels is None:
+            return found
+        targets = [sample[1] for sample in samples]
+        soft = all(isinstance(target, Tensor) and target.ndim == 1 for target in targets)
+        return found, torch.stack(targets).to(images.device) if soft else labels

@@ -1,0 +1,258 @@
+"""What a student is trained on: loaders of originals with mixes, and of pictures held out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from supermix_transforms.ledger import Ledger
+from supermix_transforms.loader import SuperMixCollate
+from supermix_transforms.mixedshards import stored_probs
+from supermix_transforms.picturesets import (
+    OtherPictures,
+    PictureSet,
+    Readable,
+    Shown,
+    open_folder,
+    open_torchvision,
+)
+from supermix_transforms.replaying import replay
+from supermix_transforms.shards import ShardDataset, ShardSampler
+from supermix_transforms.teacher import TeacherLabeler
+from supermix_transforms.views import ViewDraws
+
+__all__ = [
+    "TrainingData",
+    "mixed_pictures",
+    "of_recipes",
+    "online",
+    "open_source",
+    "open_validation",
+    "other_pictures",
+]
+
+HELD_OUT = 10  # every tenth sample, where nothing else is there to validate on
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The loaders of a run of `distill`."""
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any] | None
+    num_classes: int
+    labels: Callable[[], Tensor]  # of the originals, (P,) int64, for `hints.HintLoss`
+
+
+def open_source(
+    *,
+    shards: Sequence[str] | None = None,
+    images: str | None = None,
+    dataset: str | None = None,
+    root: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+) -> Readable:
+    """The pictures of shards, of a folder, or of a data set of torchvision.
+
+    Raises:
+        ValueError: if it is not exactly one of them, and as they do.
+    """
+    asked = {"--shards": shards, "--images": images, "--dataset": dataset}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"pictures: expected one of {', '.join(asked)}, got {' and '.join(given) or 'none'}."
+        )
+    if shards is not None:
+        return ShardDataset(list(shards), cache_dir=cache_dir)
+    if images is not None:
+        return open_folder(images)
+    assert dataset is not None
+    return open_torchvision(dataset.removeprefix("torchvision/"), root or ".", split)
+
+
+def open_validation(words: Sequence[str], **source: Any) -> Readable:
+    """What is validated on, of the same kind as the training data.
+
+    Args:
+        words: shards, a folder, or a part of the data set.
+        **source: the keywords of `open_source` for the training data.
+
+    Raises:
+        ValueError: as `open_source`, and for more than one folder or part.
+    """
+    if source.get("shards") is not None:
+        return open_source(**{**source, "shards": words})
+    if len(words) != 1:
+        raise ValueError(f"validation: expected one folder or part, got {' '.join(words)}.")
+    kind = "images" if source.get("images") is not None else "split"
+    return open_source(**{**source, kind: words[0]})
+
+
+def online(
+    pictures: Readable,
+    validation: Readable | None,
+    *,
+    labeler: TeacherLabeler | None,
+    view: Callable[[int], Any],
+    size: int,
+    mix: Callable[..., Any] | None,
+    target: Any = "hard",
+    augment: Callable[[Tensor], Tensor] | None = None,
+    labelled: bool = True,
+    num_classes: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> TrainingData:
+    """Batches of views, mixed by `mix` while training; without it plain ``(images, labels)``.
+
+    Args:
+        pictures: to learn from; every tenth is held out if there is no `validation`.
+        validation: to judge on, the middle of each.
+        labeler: labels the mixes.
+        view: from a size to a transform, as `views.VIEWS`.
+        size: of the pictures, in pixels.
+        mix: a transform as for `SuperMixCollate`.
+        target: "hard" or "soft", of the mixes.
+        augment: of each picture after its view, before anything is mixed.
+        labelled: whether the pictures' own labels are learned; else the teacher's.
+        num_classes: N, where neither a teacher nor the pictures tell.
+        seed: of all draws.
+        **options: of the DataLoader.
+
+    Raises:
+        ValueError: if the number of classes is not known, or the pictures' are not the teacher's.
+    """
+    held_out = [] if validation is not None else list(range(0, len(pictures), HELD_OUT))
+    kept = sorted(set(range(len(pictures))) - set(held_out))
+    shown = Shown(pictures, ViewDraws(view(size), seed=seed), kept, augment)
+    classes = _classes(pictures, shown, labeler, labelled, num_classes)
+    collate = None
+    if mix is not None:
+        collate = SuperMixCollate(labeler, mix=mix, target=target, seed=seed)
+    train = DataLoader(shown, shuffle=True, collate_fn=collate, **options)
+    if validation is None:
+        validation, judged = pictures, held_out
+    else:
+        judged = list(range(len(validation)))
+    middle = _middle(validation, judged, (size, size))
+    return TrainingData(train, DataLoader(middle, **options), classes, shown.labels)
+
+
+def of_recipes(
+    recipes: str | Path,
+    dataset: ShardDataset,
+    validation: Readable | None,
+    *,
+    target: Any = "hard",
+    seed: int = 0,
+    **options: Any,
+) -> TrainingData:
+    """Batches of originals and mixes from recipes; nothing is held out, for they were made of all.
+
+    Args:
+        recipes: what `generate` wrote of the dataset.
+        dataset: the pictures.
+        validation: to judge on, or None.
+        target: "hard" or "soft", of the mixes.
+        seed: of the order.
+        **options: of the DataLoader.
+
+    Raises:
+        ValueError: as `replay`.
+    """
+    mixes = replay(recipes, dataset, target=target)
+    sampler = ShardSampler(mixes, seed=seed, window=0)
+    train = DataLoader(mixes, sampler=sampler, collate_fn=mixes.collate, **options)
+    judged = None
+    if validation is not None:
+        size = mixes.settings["view"]["size"]
+        judged = DataLoader(_middle(validation, range(len(validation)), size), **options)
+    every = Shown(dataset, ViewDraws(v2.CenterCrop(1), seed=0), range(len(dataset)))
+    return TrainingData(train, judged, int(mixes.settings["num_classes"]), every.labels)
+
+
+def mixed_pictures(folder: str | Path, size: int) -> tuple[OtherPictures, int]:
+    """Mixes that `generate` wrote as shards, with their labels, and the number of classes.
+
+    Raises:
+        ValueError: for a folder that `generate` did not write as shards.
+    """
+    settings = Ledger(folder).settings()
+    if settings.get("form") != "shards":
+        raise ValueError(
+            f"mixed-shards: expected what `supermix generate --as shards` wrote, got "
+            f"{str(folder)!r}, which holds recipes. Pass it as --recipes."
+        )
+    num_classes = int(settings["num_classes"])
+    dataset = ShardDataset(folder, labels=partial(stored_probs, num_classes=num_classes))
+    return OtherPictures(_middle(dataset, range(len(dataset)), (size, size))), num_classes
+
+
+def other_pictures(
+    words: Sequence[str], view: Any, *, seed: int = 0, cache_dir: str | None = None
+) -> OtherPictures:
+    """Pictures of shards or of a folder, whose own labels are not read, for a teacher to label.
+
+    Args:
+        words: shards as `ShardDataset` takes them, or one folder of pictures.
+        view: of each, a transform as for `generate`.
+        seed: of the views.
+        cache_dir: for copies of shards from elsewhere.
+
+    Raises:
+        ValueError: as `ShardDataset` and `open_folder`.
+    """
+    pictures: Readable
+    folder = Path(words[0])
+    if len(words) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
+        pictures = open_folder(folder)
+    else:
+        pictures = ShardDataset(list(words), labels=_unread, cache_dir=cache_dir)
+    return OtherPictures(Shown(pictures, ViewDraws(view, seed=seed), range(len(pictures))))
+
+
+def _unread(members: Mapping[str, bytes]) -> int:
+    return 0
+
+
+def _classes(
+    pictures: Readable,
+    shown: Shown,
+    labeler: TeacherLabeler | None,
+    labelled: bool,
+    num_classes: int | None,
+) -> int:
+    names = pictures.classes if isinstance(pictures, PictureSet) else None
+    known = None if labeler is None else labeler(shown[0][0][None]).num_classes
+    if isinstance(pictures, PictureSet) and labelled:
+        if names is None:
+            raise ValueError(
+                "images: expected a subfolder for each class, got pictures without any. Let the "
+                "teacher label them: --labels teacher."
+            )
+        if known is not None and known != len(names):
+            raise ValueError(
+                f"labels: expected the teacher's {known} classes, got {len(names)}: "
+                f"{', '.join(names[:3])}, ... Pass --labels teacher, to learn the teacher's "
+                "classes, or a teacher of yours."
+            )
+        return len(names)
+    if known is None and num_classes is None:
+        raise ValueError(
+            "distill: expected a number of classes, got no teacher that tells it. Pass "
+            "--num-classes or --teacher."
+        )
+    return known if known is not None else int(num_classes or 0)
+
+
+def _middle(pictures: Readable, indices: Sequence[int], size: Sequence[int]) -> Shown:
+    """The middle of each picture, as large as it can be."""
+    cut = v2.Compose([v2.Resize(max(size)), v2.CenterCrop(list(size))])
+    return Shown(pictures, ViewDraws(cut, seed=0), indices)

@@ -1,0 +1,238 @@
+"""Folders, torchvision's data sets, views of them, and pictures in the place of mixes."""
+
+import random
+
+import pytest
+import torch
+import torchvision.datasets
+from colours import NUM_CLASSES, colour_teacher, pictures
+from PIL import Image
+from tars import picture, write_colours
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from supermix_transforms import ShardDataset, SuperMixCollate, TeacherLabeler
+from supermix_transforms.picturesets import (
+    OtherPictures,
+    PictureSet,
+    Shown,
+    open_folder,
+    open_torchvision,
+)
+from supermix_transforms.views import ViewDraws
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures in each of three classes, one of them deeper, and a file that is no picture."""
+    for number, name in enumerate(CLASSES):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(picture(10 * number))
+        (tmp_path / name / "deeper" / "b.jpg").write_bytes(picture(10 * number + 5, "JPEG"))
+        (tmp_path / name / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def shades(pictures: PictureSet) -> list[tuple[int, int, int]]:
+    return [
+        (index, image.getpixel((0, 0))[0], label)
+        for index, image, label in pictures.readable(range(len(pictures)))
+    ]
+
+
+def test_subfolders_are_classes(folder):
+    found = open_folder(folder)
+    assert found.classes == CLASSES
+    assert len(found) == 6
+    seen = shades(found)
+    assert [label for _, _, label in seen] == [0, 0, 1, 1, 2, 2]
+    assert [shade for _, shade, _ in seen][::2] == [0, 10, 20]  # of the PNGs: exact
+    assert [label for *_, label in found.readable([4, 1], labelled=False)] == [None, None]
+    assert [found.label(index) for index in (0, 5)] == [0, 2]
+
+
+def test_pictures_of_a_flat_folder_have_no_class(folder):
+    (folder / "own.webp").write_bytes(picture(99, "WEBP"))
+    found = open_folder(folder)
+    assert found.classes is None
+    assert len(found) == 7  # subfolders are searched as well
+    assert {label for _, _, label in shades(found)} == {0}
+
+
+def test_pictures_are_upright_and_rgb(tmp_path):
+    turned = Image.new("L", (8, 4), 50)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    ((_, image, _),) = open_folder(tmp_path).readable([0])
+    assert (image.size, image.mode) == ((4, 8), "RGB")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "nowhere", "expected a folder of pictures"),
+        (lambda path: path, "expected pictures"),  # nothing in it
+        (lambda path: (path / "empty").mkdir() or path, "expected pictures"),  # a class of none
+    ],
+)
+def test_folders_without_pictures_are_errors(tmp_path, make, message):
+    with pytest.raises(ValueError, match=f"images: {message}"):
+        open_folder(make(tmp_path))
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    (tmp_path / "bad.png").write_bytes(picture(1)[:40])
+    with pytest.raises(ValueError, match=r"expected a picture, got .*bad\.png"):
+        list(open_folder(tmp_path).readable([0]))
+
+
+def test_data_sets_of_torchvision_have_parts(tmp_path, monkeypatch):
+    class Small:
+        classes = ("x", "y")
+
+        def __init__(self, root, train=True, transform=None):
+            self.count = 4 if train else 2
+            self.root = root
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            return Image.new("L", (3, 3), index), index % 2
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Small)
+    found = open_torchvision("CIFAR100", tmp_path)
+    assert (len(found), found.classes) == (4, ("x", "y"))
+    assert [label for *_, label in found.readable([0, 3])] == [0, 1]
+    assert next(found.readable([2]))[1].mode == "RGB"
+    assert len(open_torchvision("CIFAR100", tmp_path, "test")) == 2
+    with pytest.raises(ValueError, match=r'expected "train" or "test" of CIFAR100, got .val.'):
+        open_torchvision("CIFAR100", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("CIFAR100", "train", r"expected CIFAR100, 'train', in .*: Dataset not found"),
+        ("Imagenette", "val", r"expected Imagenette, 'val', in .*Fetch it first"),
+        ("Nothing", "train", "expected a data set of torchvision that has parts"),
+        ("ImageFolder", "train", ".*a folder is --images"),
+    ],
+)
+def test_data_sets_that_are_not_there_are_errors(tmp_path, name, split, message):
+    with pytest.raises(ValueError, match=f"dataset: {message}"):
+        open_torchvision(name, tmp_path, split)
+
+
+# -- views -----------------------------------------------------------------------------------------
+
+
+def view(augment=None, indices=range(20)) -> Shown:
+    from io import BytesIO
+
+    dataset = [
+        (Image.open(BytesIO(picture(number, size=(40, 30)))), number) for number in range(20)
+    ]
+    draws = ViewDraws(v2.RandomCrop(16), seed=3)
+    return Shown(PictureSet(dataset, None), draws, indices, augment)
+
+
+def noise(image: torch.Tensor) -> torch.Tensor:
+    return torch.randint_like(image, 256)
+
+
+def test_a_view_has_picture_label_and_place():
+    shown = view(indices=[7, 9])
+    image, label, place = shown[1]
+    assert (image.shape, image.dtype, label, place) == ((3, 16, 16), torch.uint8, 9, 1)
+    assert shown.labels().tolist() == [7, 9]
+
+
+def test_augmentation_depends_on_epoch_and_sample_alone():
+    shown = view(noise)
+    torch.manual_seed(1)
+    first = [image for image, *_ in shown.__getitems__([3, 4, 3])]
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    random.seed(5)
+    again = shown[3][0]
+    assert torch.equal(first[0], again)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is put back
+    shown.set_epoch(1)
+    assert not torch.equal(shown[3][0], again)
+
+
+def test_an_augmentation_hears_of_epochs():
+    class Heard:
+        epochs: tuple[int, ...] = ()
+
+        def set_epoch(self, epoch):
+            self.epochs += (epoch,)
+
+        def __call__(self, image):
+            return image
+
+    heard = Heard()
+    shown = view(heard)
+    shown.set_epoch(4)
+    assert heard.epochs == (4,)
+    plain = view()
+    plain.set_epoch(4)
+    assert torch.equal(shown[3][0], plain[3][0])
+
+
+# -- other pictures in the place of mixes ----------------------------------------------------------
+
+
+def others(labels) -> OtherPictures:
+    class Samples(TensorDataset):
+        def __getitems__(self, rows):
+            return [self[row] for row in rows]
+
+    images = pictures(12, size=(9, 7), seed=8)[0]
+    return OtherPictures(Samples(images, labels))
+
+
+def test_other_pictures_are_labelled_by_the_teacher():
+    images, labels = pictures(6)
+    collate = SuperMixCollate(colour_teacher(), mix=others(torch.zeros(12).long()), target="hard")
+    batch = collate(list(zip(images, labels, strict=True)))
+    assert torch.equal(batch.images, images)
+    known = pictures(12, size=(9, 7), seed=8)[0]
+    rows = [int((known == mixed).all(dim=(1, 2, 3)).nonzero()) for mixed in batch.mixed]
+    assert len(set(rows)) > 1
+    assert torch.equal(batch.targets, torch.tensor(rows) % NUM_CLASSES)
+    teacher = TeacherLabeler(colour_teacher())
+    assert torch.equal(batch.mixed_teacher.hard, teacher(batch.mixed).hard)
+    again = collate(list(zip(images, labels, strict=True)))
+    assert torch.equal(again.mixed, batch.mixed)
+    collate.set_epoch(1)
+    other = collate(list(zip(images, labels, strict=True)))
+    assert not torch.equal(other.mixed, batch.mixed)
+
+
+def test_labels_that_mixes_were_stored_with_are_handed_on():
+    images, labels = pictures(6)
+    probs = torch.rand(12, NUM_CLASSES).softmax(dim=1)
+    collate = SuperMixCollate(None, mix=others(probs))
+    batch = collate(list(zip(images, labels, strict=True)))
+    known = pictures(12, size=(9, 7), seed=8)[0]
+    rows = [int((known == mixed).all(dim=(1, 2, 3)).nonzero()) for mixed in batch.mixed]
+    assert torch.equal(batch.targets, probs[rows])
+
+
+def test_views_of_other_pictures_change(tmp_path):
+    write_colours(tmp_path)
+    dataset = ShardDataset(tmp_path)
+    shown = Shown(dataset, ViewDraws(v2.RandomCrop(16), seed=0), [0])
+    images, labels = pictures(8, size=(16, 16), dtype=torch.uint8)
+    mix = OtherPictures(shown)
+    torch.manual_seed(0)
+    first, second = mix(images, labels)[0][0], mix(images, labels)[0][0]
+    assert not torch.equal(first, second)

@@ -1,0 +1,179 @@
+"""Loaders of a training run: shards, folders, recipes, mixed shards, unlabelled pictures."""
+
+import pytest
+import torch
+from colours import NUM_CLASSES, colour_teacher
+from tars import picture, write_colours, write_tar
+
+from supermix_transforms import MixBatch, ShardDataset, SuperMix, TeacherLabeler, generate
+from supermix_transforms.trainingdata import (
+    mixed_pictures,
+    of_recipes,
+    online,
+    open_source,
+    open_validation,
+    other_pictures,
+)
+from supermix_transforms.views import VIEWS
+
+OPTIONS = {"batch_size": 5, "num_workers": 0}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """22 pictures of one colour each, of 20 x 24 pixels."""
+    (tmp_path / "shards").mkdir()
+    write_colours(tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(6):
+            (tmp_path / "photos" / name / f"{number}.png").write_bytes(
+                picture(40 * number, size=(20, 20))
+            )
+    return tmp_path / "photos"
+
+
+def labeler() -> TeacherLabeler:
+    return TeacherLabeler(colour_teacher())
+
+
+def ours(pictures, validation=None, **options):
+    options = {"labeler": labeler(), "mix": None, "view": VIEWS["random-crop"], **options}
+    return online(pictures, validation, size=16, **options, **OPTIONS)
+
+
+def test_every_tenth_picture_is_held_out_and_never_trained_on(shards):
+    data = ours(ShardDataset(shards))
+    trained, judged = (
+        [loader.dataset.indices[place] for *_, places in loader for place in places.tolist()]
+        for loader in (data.train, data.validation)
+    )
+    assert judged == [0, 10, 20]
+    assert sorted(trained + judged) == list(range(22))
+    assert data.num_classes == NUM_CLASSES
+    images, labels, _ = next(iter(data.validation))
+    assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.uint8)
+    assert labels.tolist() == [0, 2, 0]
+
+
+def test_with_a_validation_set_nothing_is_held_out(shards):
+    dataset = ShardDataset(shards)
+    data = ours(dataset, dataset)
+    assert len(data.train.dataset) == len(data.validation.dataset) == 22
+
+
+def test_pictures_are_mixed_while_training(shards):
+    teacher = labeler()
+    data = ours(ShardDataset(shards), labeler=teacher, mix=SuperMix(teacher), target="hard")
+    batch = next(iter(data.train))
+    assert isinstance(batch, MixBatch)
+    assert batch.converged.all()
+    assert torch.equal(batch.targets, batch.mixed_teacher.hard)
+    assert batch.targets.shape == (5,)
+
+
+def test_an_augmentation_is_before_the_mixing(shards):
+    black = torch.zeros_like
+    teacher = labeler()
+    data = ours(ShardDataset(shards), labeler=teacher, mix=SuperMix(teacher), augment=black)
+    batch = next(iter(data.train))
+    assert batch.images.max() == 0
+    assert (batch.teacher.hard == 3).all()  # dark
+    assert data.validation.dataset[0][0].max() > 0
+
+
+def test_classes_of_a_folder_must_be_the_teachers(folder):
+    pictures = open_source(images=str(folder))
+    with pytest.raises(ValueError, match="expected the teacher's 4 classes, got 2: cats, dogs"):
+        ours(pictures)
+    assert ours(pictures, labelled=False).num_classes == NUM_CLASSES
+    assert ours(pictures, labeler=None).num_classes == 2  # cross-entropy of their own
+
+
+def test_pictures_without_classes_want_a_teacher(folder):
+    flat = open_source(images=str(folder / "cats"))
+    with pytest.raises(ValueError, match="expected a subfolder for each class"):
+        ours(flat)
+    assert ours(flat, labelled=False).num_classes == NUM_CLASSES
+
+
+def test_shards_do_not_tell_how_many_classes_there_are(shards):
+    dataset = ShardDataset(shards)
+    with pytest.raises(ValueError, match="expected a number of classes"):
+        ours(dataset, labeler=None)
+    assert ours(dataset, labeler=None, num_classes=7).num_classes == 7
+
+
+def test_recipes_give_originals_and_mixes(shards, tmp_path):
+    dataset = ShardDataset(shards, transform=VIEWS["random-crop"](16))
+    generate(dataset, colour_teacher(), tmp_path / "recipes", batch_size=6)
+    data = of_recipes(tmp_path / "recipes", ShardDataset(shards), None, **OPTIONS)
+    assert (data.validation, data.num_classes) == (None, NUM_CLASSES)
+    batch = next(iter(data.train))
+    assert batch.images.shape == batch.mixed.shape == (5, 3, 16, 16)
+    data = of_recipes(tmp_path / "recipes", ShardDataset(shards), ShardDataset(shards), **OPTIONS)
+    assert next(iter(data.validation))[0].shape == (5, 3, 16, 16)
+    with pytest.raises(ValueError, match="Pass it as --recipes"):
+        mixed_pictures(tmp_path / "recipes", 16)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_mixed_shards_bring_their_labels(shards, tmp_path, top):
+    dataset = ShardDataset(shards, transform=VIEWS["random-crop"](16))
+    generate(dataset, colour_teacher(), tmp_path / "mixed", form="shards", batch_size=6, top=top)
+    mix, num_classes = mixed_pictures(tmp_path / "mixed", 16)
+    assert num_classes == NUM_CLASSES
+    data = ours(ShardDataset(shards), labeler=None, mix=mix, num_classes=num_classes)
+    batch = next(iter(data.train))
+    assert batch.mixed.shape == (5, 3, 16, 16)
+    known = labeler()(batch.mixed)
+    assert torch.equal(batch.targets, known.hard)
+    soft = ours(ShardDataset(shards), labeler=None, mix=mix, num_classes=4, target="soft")
+    batch = next(iter(soft.train))
+    expected = labeler()(batch.mixed).probs
+    # of the two largest the others' share is spread
+    assert torch.allclose(batch.targets, expected, atol=2e-3 if top is None else 0.3)
+    assert torch.allclose(batch.targets.sum(dim=1), torch.ones(5), atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder"])
+def test_the_teacher_labels_unlabelled_pictures(shards, tmp_path, kind):
+    if kind == "tars":
+        members = [(f"{number:03}.png", picture(20 * number)) for number in range(10)]
+        words = [str(write_tar(tmp_path / "unlabelled.tar", members))]
+    else:
+        (tmp_path / "unlabelled").mkdir()
+        for number in range(10):
+            (tmp_path / "unlabelled" / f"{number}.png").write_bytes(picture(20 * number))
+        words = [str(tmp_path / "unlabelled")]
+    teacher = labeler()
+    mix = other_pictures(words, VIEWS["center-crop"](16))
+    data = ours(ShardDataset(shards), labeler=teacher, mix=mix, target="hard")
+    batch = next(iter(data.train))
+    assert batch.mixed.shape == (5, 3, 16, 16)
+    assert (batch.mixed[:, 2] == 7).all()  # all pictures of tars.picture have this blue
+    assert torch.equal(batch.targets, teacher(batch.mixed).hard)
+
+
+def test_one_source_of_pictures_is_asked_for(shards, folder):
+    with pytest.raises(ValueError, match="expected one of --shards, --images, --dataset, got none"):
+        open_source()
+    with pytest.raises(ValueError, match="got --shards and --images"):
+        open_source(shards=[str(shards)], images=str(folder))
+    assert len(open_source(shards=[str(shards)])) == 22
+    with pytest.raises(ValueError, match="dataset: expected CIFAR100, 'train'"):
+        open_source(dataset="torchvision/CIFAR100", root=str(folder))
+
+
+def test_validation_is_of_the_same_kind(shards, folder):
+    assert len(open_validation([str(shards)], shards=["elsewhere"])) == 22
+    assert len(open_validation([str(folder)], images="elsewhere")) == 12
+    with pytest.raises(ValueError, match="dataset: expected CIFAR100, 'test'"):
+        open_validation(["test"], dataset="CIFAR100", root=str(folder))
+    with pytest.raises(ValueError, match="expected one folder or part, got a b"):
+        open_validation(["a", "b"], images="elsewhere")
