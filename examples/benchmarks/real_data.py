@@ -68,14 +68,19 @@ class ResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def cifar_teacher(data: Path, name: str, net: str = "resnet56") -> TeacherLabeler:
+def cifar_net(data: Path, name: str, net: str = "resnet56") -> nn.Module:
     """`name` is cifar10 or cifar100, `net` one of the weight files beside its pictures."""
     blocks = {"resnet56": 9, "resnet20": 3}[net]
     model = ResNet(blocks, classes=int(name[5:]), project=name == "cifar100")
     weights = load_file(data / name / f"{net}.safetensors")
     model.load_state_dict({key.replace("fc.", "linear."): value for key, value in weights.items()})
+    return model.eval()
+
+
+def cifar_teacher(data: Path, name: str, net: str = "resnet56") -> TeacherLabeler:
+    """`cifar_net` as a teacher."""
     mean, std = CIFAR100_STATISTICS if name == "cifar100" else IMAGENET_STATISTICS
-    return TeacherLabeler(model.eval(), mean=mean, std=std)
+    return TeacherLabeler(cifar_net(data, name, net), mean=mean, std=std)
 
 
 def imagenet_teacher() -> TeacherLabeler:

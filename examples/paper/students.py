@@ -1,17 +1,17 @@
-"""Students on CIFAR-100: what do mixes teach? ResNet-56 makes and labels them, ResNet-20 learns.
+"""Students on CIFAR-100: what do mixes teach? One network makes and labels them, another learns.
 
     python examples/paper/students.py --data ../shared/data --work students/ --methods ce kd
 
-The paper (Table 2, ResNet-56 to ResNet-20, 234,000 steps; top-1, %): KD 70.66; MixUp 72.00,
-CutMix 72.33, SuperMix 72.64; with KD 72.89, 72.67, 73.19. Here a run has --steps steps of 128
-originals and 128 mixes; one that learns from originals alone has twice as many of 128, so that all
-students see equally many pictures.
+What the scripts of the tables and figures beside this file share, and the reproduction itself.
+
+A run has --steps steps of 128 originals and 128 mixes; one that learns from originals alone has
+twice as many of 128, so that all students see equally many pictures. The rate falls as a cosine.
 
 All methods read recipes of the same views, made once: a crop and a flip of each training picture,
 before anything is mixed and before the teacher sees it. There are about 45,000 mixes in any case:
 one of each picture if the student has 45,000 (--pictures), 22 of each if it has but 2,000. The last
 5,000 training pictures are held out, and are what top-1 is measured on; --test measures on the test
-set, once, when all is decided.
+set, once, when all is decided. Policies (Table 1) augment the views of pictures, without recipes.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
 other --seeds or --methods, one thread each, may share --work if each has an --out of its own.
@@ -21,22 +21,25 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from torch.utils.data import DataLoader
+from torch import nn
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from real_data import CIFAR100_STATISTICS, ResNet, cifar_teacher
+from real_data import CIFAR100_STATISTICS, ResNet, cifar_net, cifar_teacher
 
-from supermix_transforms import ShardDataset, ShardSampler, SolverSettings, generate, replay
-from supermix_transforms.distill import PAPER, DistillSettings, distill
+from supermix_transforms import ShardDataset, SolverSettings, generate
+from supermix_transforms.distill import PAPER, DistillSettings, distill, make_accelerator
 from supermix_transforms.files import write_atomically
+from supermix_transforms.hints import HINTS, HintLoss
+from supermix_transforms.policies import load_policy
+from supermix_transforms.trainingdata import TrainingData, of_recipes, online, other_pictures
 
 BATCH, SHARD, HELD_OUT, MIXES, GROUP, SEED = 128, 1000, 5000, 45_000, 200, 0
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
@@ -46,17 +49,67 @@ SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is ask
     "polish": {"settings": SolverSettings(polish=4)},
     "cutmix": {"mix": "cutmix"},
     "mixup": {"mix": "mixup"},
+    "paper": {},  # the paper's solver
 }
 METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is learned from it
     "ce": {"set": "cutmix", "learn": "originals"},
     "kd": {"set": "cutmix", "learn": "originals", "kd": "originals"},
+    **{name: {"set": "cutmix", "learn": "originals", "hints": name} for name in HINTS},
+    "crd-kd": {"set": "cutmix", "learn": "originals", "hints": "crd", "kd": "originals"},
     **{
         f"{name}-{target}{'-kd' if kd == 'both' else ''}": {"set": name, "target": target, "kd": kd}
         for name in SETS
         for target in ("hard", "soft")
         for kd in ("none", "both")
     },
+    **{
+        f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
+        for kd in ("none", "both")
+    },
+    **{
+        name: {"augment": name, "learn": "originals"}
+        for name in ("cutout", "autoaugment-cifar10", "randaugment")
+    },
 }
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": lambda: ResNet(3, classes=100, project=True),
+    "resnet8": lambda: ResNet(1, classes=100, project=True),
+    "shufflenet_v2_x0_5": lambda: _torchvision("shufflenet_v2_x0_5"),
+    "mobilenet_v3_small": lambda: _torchvision("mobilenet_v3_small"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student that is trained."""
+
+    method: str  # of METHODS
+    seed: int = 0
+    steps: int = 2112
+    pictures: int = 45_000
+    teacher: str = "resnet56"
+    student: str = "resnet20"
+    k: int = 2
+    alpha: float | None = None  # the method's own
+    mixes: int = MIXES  # in all
+    lambda_s: float = 25.0  # of the paper's solver
+    test: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values() if value is not None)
+
+
+def _torchvision(name: str) -> nn.Module:
+    """Made for larger pictures: its first layer keeps the size of one of 32 pixels."""
+    import torchvision.models
+
+    network: nn.Module = torchvision.models.get_model(name, num_classes=100)
+    next(part for part in network.modules() if isinstance(part, nn.Conv2d)).stride = (1, 1)
+    return network
+
+
+# -- data ------------------------------------------------------------------------------------------
 
 
 def shards_of(data: Path, work: Path) -> tuple[list[Path], list[Path], list[Path]]:
@@ -70,111 +123,165 @@ def shards_of(data: Path, work: Path) -> tuple[list[Path], list[Path], list[Path
     return train[:-kept], train[-kept:], sorted(folder.glob("test-*.tar"))
 
 
-def recipes_of(name: str, data: Path, work: Path, shards: list[Path]) -> Path:
+def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     """The folder of a mixed set; made, or gone on with, if it is not whole."""
-    pictures = SHARD * len(shards)
-    passes = MIXES // pictures
-    out = work / f"{name}-{pictures}"
-    dataset = ShardDataset(shards, transform=VIEW)
-    teacher = cifar_teacher(data, "cifar100")
-    options = {"passes": passes, "top": 20, "batch_size": GROUP, "unit_batches": 5, "seed": SEED}
-    generate(dataset, teacher, out, **options, **SETS[name])
+    name = METHODS[case.method]["set"]
+    options = {"k": case.k, "alpha": case.alpha, **SETS[name]}
+    if name == "paper":
+        options["settings"] = SolverSettings(method="paper", lambda_s=case.lambda_s)
+    plain = asdict(Case(case.method, pictures=case.pictures))
+    others = {  # what is not as ever
+        part: getattr(case, part)
+        for part in ("teacher", "k", "alpha", "mixes", "lambda_s")
+        if getattr(case, part) != plain[part]
+    }
+    parts = [name, case.pictures, *(f"{part}{value}" for part, value in others.items())]
+    out = work / "-".join(map(str, parts))
+    generate(
+        ShardDataset(shards, transform=VIEW),
+        cifar_teacher(data, "cifar100", net=case.teacher),
+        out,
+        passes=max(1, case.mixes // case.pictures),
+        top=20,
+        batch_size=GROUP,
+        unit_batches=5,
+        seed=SEED,
+        **options,
+    )
     return out
 
 
-def settings_of(method: dict[str, Any], steps: int, steps_per_epoch: int, seed: int) -> Any:
+def unlabelled_of(data: Path, work: Path) -> list[str]:
+    """ImageNet pictures, of 32 pixels when they are read: the paper's ImgNet32, in small."""
+    folder = work / "imagenet"
+    if not any(folder.glob("*.tar")):
+        unpack = [sys.executable, str(data / "unpack.py"), "imagenet-sample", str(folder)]
+        subprocess.run([*unpack, "--format", "shards"], check=True)
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+def data_of(case: Case, data: Path, work: Path) -> TrainingData:
+    method = METHODS[case.method]
+    train, held_out, test = shards_of(data, work)
+    train = train[: case.pictures // SHARD]
+    judged = ShardDataset(test if case.test else held_out)
+    options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH}
+    if "set" in method:
+        folder = recipes_of(case, data, work, train)
+        options["target"] = method.get("target", "hard")
+        return of_recipes(folder, ShardDataset(train), judged, **options)
+    mix = None
+    if "unlabelled" in method:
+        view = v2.Compose([v2.Resize(32), *VIEW.transforms])
+        mix = other_pictures(unlabelled_of(data, work), view, seed=case.seed)
+    augment = load_policy(method["augment"]) if "augment" in method else None
+    teacher = cifar_teacher(data, "cifar100", net=case.teacher)
+    view = {"labeler": teacher, "view": lambda _: VIEW, "size": 32}
+    return online(ShardDataset(train), judged, mix=mix, augment=augment, **view, **options)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def settings_of(case: Case, steps_per_epoch: int) -> DistillSettings:
     """`steps` steps of mixes, or twice as many of originals alone.
 
     The rate falls as a cosine: the paper's steps, made 100 times shorter, leave most of the
     training to rates so low that nothing is learned.
     """
+    method = METHODS[case.method]
     learn = method.get("learn", "both")
-    epochs = max(1, round(steps * (2 if learn == "originals" else 1) / steps_per_epoch))
     return replace(
         PAPER,
         schedule="cosine",
-        epochs=epochs,
-        warmup_epochs=min(5.0, epochs / 10),
+        epochs=max(1, round(case.steps * (2 if learn == "originals" else 1) / steps_per_epoch)),
         learn=learn,
         kd=method.get("kd", "none"),
-        seed=seed,
+        seed=case.seed,
     )
 
 
-def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    method = METHODS[name]
-    shards, held_out, test = shards_of(options.data, options.work)
-    shards = shards[: options.pictures // SHARD]
-    folder = recipes_of(method["set"], options.data, options.work, shards)
-    mixes = replay(folder, ShardDataset(shards), target=method.get("target", "hard"))
-    sampler = ShardSampler(mixes, seed=seed, window=0)
-    loader = DataLoader(mixes, BATCH, sampler=sampler, collate_fn=mixes.collate)
-    judged = ShardDataset(test if options.test else held_out, transform=v2.PILToTensor())
-    settings: DistillSettings = settings_of(method, options.steps, len(loader), seed)
-    torch.manual_seed(seed)
-    student = ResNet(3, classes=100, project=True)
-    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
+def train(case: Case, data: Path, work: Path) -> dict[str, Any]:
+    """Train a student; its figures."""
+    loaders = data_of(case, data, work)
+    settings = settings_of(case, len(loaders.train))
+    torch.manual_seed(case.seed)
+    student = STUDENTS[case.student]()
     mean, std = CIFAR100_STATISTICS
+    hints = None
+    if method := METHODS[case.method].get("hints"):
+        labels = loaders.labels() if method == "crd" else None
+        network = cifar_net(data, "cifar100", case.teacher)
+        hints = HintLoss(method, student, network, torch.zeros(2, 3, 32, 32), labels=labels)
     summary = distill(
         student,
-        loader,
-        DataLoader(judged, 500),
-        options.work / "runs" / f"{name}-{options.steps}-{options.pictures}-{seed}",
+        loaders.train,
+        loaders.validation,
+        work / "runs" / case.name,
         settings=settings,
-        teacher=cifar_teacher(options.data, "cifar100"),
+        teacher=cifar_teacher(data, "cifar100", net=case.teacher),
+        hints=hints,
         mean=mean,
         std=std,
-        accelerator=Accelerator(cpu=True, mixed_precision="bf16", dataloader_config=order),
-        show=lambda line: print(f"{name} {seed}: {line}", file=sys.stderr, flush=True),
+        accelerator=make_accelerator(settings, mixed_precision="bf16"),
+        show=lambda line: print(f"{case.method} {case.seed}: {line}", file=sys.stderr, flush=True),
     )
+    names = ("top1", "top5", "ece", "agreement", "student_samples")
     return {
-        "method": name,
-        "seed": seed,
-        "steps": options.steps,
-        "pictures": options.pictures,
-        "judged_on": "test" if options.test else "held out",
-        "top1": summary.top1,
-        "top5": summary.top5,
-        "agreement": summary.agreement,
-        "student_samples": summary.student_samples,
+        **{name: value for name, value in asdict(case).items() if value is not None},
+        **{name: getattr(summary, name) for name in names},
         "seconds": {part: round(each) for part, each in summary.seconds.items()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) -> list[Any]:
+    """The figures of all cases; those that stand in --out are not run again."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"results": []}
+    if options.out.exists():
+        found = json.loads(options.out.read_text())
+    found |= {
+        "device": "CPU, one thread, bf16",
+        "versions": {package: version(package) for package in ("torch", "torchvision")},
+        **content,
+    }
+    for case in cases:
+        known = {name: value for name, value in asdict(case).items() if value is not None}
+        if any(known.items() <= result.items() for result in found["results"]):
+            continue
+        found["results"].append(train(case, options.data, options.work))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, (json.dumps(found, indent=1) + "\n").encode())
+    print(json.dumps(found, indent=1))
+    return found["results"]
+
+
+def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that the scripts share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="shards, recipes, checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/students.json"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ce", "kd"])
+    parser.add_argument("--out", type=Path, default=Path(f"docs/results/{name}.json"))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1760)
+    parser.add_argument("--steps", type=int, default=2112)
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
-    parser.add_argument("--test", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    content: dict[str, Any] = {"results": []}
-    if options.out.exists():
-        content = json.loads(options.out.read_text())
-    content |= {
-        "command": "python examples/paper/students.py",
-        "device": "CPU, bf16",
-        "versions": {package: version(package) for package in ("torch", "torchvision")},
-    }
-    for seed in options.seeds:  # one of each method first, so that what is there is paired
-        for name in options.methods:
-            case = {
-                "method": name,
-                "seed": seed,
-                "steps": options.steps,
-                "pictures": options.pictures,
-                "judged_on": "test" if options.test else "held out",
-            }
-            if any(case.items() <= result.items() for result in content["results"]):
-                continue
-            content["results"].append(train(name, seed, options))
-            write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
-    print(json.dumps(content, indent=1))
+    parser.add_argument("--test", action="store_true", help="measure on the test set")
+    return parser
+
+
+def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
+    """A case for each seed and method: one of each method first, so that what is there is paired"""
+    return [
+        Case(name, seed, options.steps, options.pictures, test=options.test, **fields)
+        for seed in options.seeds
+        for name in options.methods
+    ]
+
+
+def main() -> None:
+    options = parser_of(__doc__, "students", tuple(METHODS)).parse_args()
+    run_all(cases_of(options), options, command="python examples/paper/students.py")
 
 
 if __name__ == "__main__":
