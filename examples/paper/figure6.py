@@ -5,7 +5,7 @@
 CIFAR-100, ResNet-56 to ResNet-20. The paper prints curves without numbers: what its text says of
 them is in CLAIMS. Panels a and b are `size`, c and d `alpha`, e and f `k`, h `lambda_s` (by the
 paper's solver, whose penalty it is; the fast one projects to a sparsity instead). Panel g is k on
-ImageNet: table4.py --k.
+ImageNet: the rows supermix and supermix-3 of table4.py.
 
 As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test. A small setting:
 

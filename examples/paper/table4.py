@@ -9,11 +9,12 @@ At its size, with the shards of ImageNet-1k, as two commands a row, on 8 GPUs:
         --shards 'train-{0000..1281}.tar' --teacher torchvision/resnet34 --k 3 --out recipes/
     accelerate launch --multi_gpu --num_processes 8 -m supermix_transforms.cli distill \\
         --shards 'train-{0000..1281}.tar' --recipes recipes/ --validation 'val-{00..49}.tar' \\
-        --student torchvision/resnet18 --epochs 100 --batch-size 32 --mixed-precision bf16 --out run/
+        --student torchvision/resnet18 --epochs 100 --batch-size 32 --mixed-precision bf16 \\
+        --out run/
 
 docs/scale.md has what generating costs there. Without --shards this script runs all rows in small:
-1,000 pictures, one of each class, EfficientNet-Lite0 to MobileNetV3-small at 96 pixels, an epoch. That
-shows that they work; nothing is learned from one picture of a class.
+1,000 pictures, one of each class, EfficientNet-Lite0 to MobileNetV3-small at 96 pixels, an epoch.
+That shows that they work; nothing is learned from one picture of a class.
 """
 
 import argparse
