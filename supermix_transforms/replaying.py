@@ -158,12 +158,11 @@ class Replay(Dataset[ReplayedMix]):
             crop = Crop(top, left, height, width, int(group.flip[place]))
             pictures[place] = self._view.cut(self._view.prepare(picture), crop)
             labels[place] = label
-        for row in rows:
+        for row, parts in zip(rows, parts_of(group, rows, self._view.size), strict=True):
             sources = group.source[row].tolist()
             if not all(place in pictures for place in sources):
                 self._leave_out(ValueError("a picture that it is made of can not be read"), 1)
                 continue
-            parts = parts_of(group, row, self._view.size)
             mixed = blend_parts([pictures[place] for place in sources], parts)
             if row == 0:
                 self._compare(group, mixed, number)
@@ -285,8 +284,8 @@ class Replay(Dataset[ReplayedMix]):
         if self._output == "batch" and bool((kinds == Kind.LOGITS).all()):
             logits = torch.stack([_mask_logits(mix) for mix in mixes])
         elif self._output == "batch":
-            parts = [parts_of(mix.group, mix.row, self._view.size) for mix in mixes]
-            fixed = torch.from_numpy(np.stack(parts)) / LEVELS
+            parts = [parts_of(mix.group, [mix.row], self._view.size) for mix in mixes]
+            fixed = torch.from_numpy(np.concatenate(parts)) / LEVELS
         result = Mixed(
             images=mixed,
             sources=_rows_of(mixes),

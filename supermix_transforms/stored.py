@@ -1,5 +1,7 @@
 """Mixes as records of a recipe, and the masks that a record gives back."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -133,23 +135,26 @@ def _box(mask: Array) -> Array:
 # -- and back --------------------------------------------------------------------------------------
 
 
-def parts_of(group: Group, row: int, size: tuple[int, int]) -> Array:
-    """Masks (k, H, W) uint8 of a mix in parts of 255, their sum."""
-    kind, k = group.kind[row], group.source.shape[1]
-    place = int((group.kind[:row] == kind).sum())  # among those of its kind
-    if kind == Kind.LOGITS:
-        steps = torch.from_numpy(group.grid[place][None])
-        parts: Array = exact_parts(steps, size)[0].numpy()
-        return parts
-    if kind == Kind.CONSTANT:
-        share = group.share[place].astype(np.int64)
-        shares = np.array([*share, LEVELS - share.sum()], dtype=np.uint8)
-        return np.broadcast_to(shares[:, None, None], (k, *size))
-    owner = np.zeros(size, dtype=np.int64)
-    for number, (top, left, bottom, right) in enumerate(group.box[place].astype(int), 1):
-        owner[top:bottom, left:right] = number
-    boxes: Array = (LEVELS * (owner == np.arange(k)[:, None, None])).astype(np.uint8)
-    return boxes
+def parts_of(group: Group, rows: Sequence[int], size: tuple[int, int]) -> Array:
+    """Masks (R, k, H, W) uint8 of these mixes in parts of 255, their sum."""
+    k = group.source.shape[1]
+    kinds = group.kind[list(rows)]
+    # of each mix, its place among those of its kind
+    places = np.array([int((group.kind[:row] == group.kind[row]).sum()) for row in rows], dtype=int)
+    parts = np.empty((len(rows), k, *size), dtype=np.uint8)
+    grids = kinds == Kind.LOGITS
+    if grids.any():  # at once: small pictures would each pay for the calls
+        steps = torch.from_numpy(group.grid[places[grids]])
+        parts[grids] = exact_parts(steps, size).numpy()
+    for row in np.flatnonzero(kinds == Kind.CONSTANT):
+        share = group.share[places[row]].astype(np.int64)
+        parts[row] = np.array([*share, LEVELS - share.sum()])[:, None, None]
+    for row in np.flatnonzero(kinds == Kind.BOXES):
+        owner = np.zeros(size, dtype=np.int64)
+        for number, (top, left, bottom, right) in enumerate(group.box[places[row]].astype(int), 1):
+            owner[top:bottom, left:right] = number
+        parts[row] = LEVELS * (owner == np.arange(k)[:, None, None])
+    return parts
 
 
 def weights_of(group: Group, row: int) -> Tensor:
