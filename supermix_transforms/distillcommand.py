@@ -150,7 +150,7 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
     try:
         with _bar(state.process_index) as (show, advance):
             teacher = _teacher_of(arguments, state.device)
-            data = _training_data(arguments, teacher.labeler, teacher.size)
+            data = _training_data(arguments, teacher.labeler, teacher.size, settings.epochs)
             student = load_student(arguments.student, data.num_classes)
             summary = distill(
                 student,
@@ -221,7 +221,9 @@ def _hints_of(
     )
 
 
-def _training_data(arguments: argparse.Namespace, labeler: Any, size: int) -> TrainingData:
+def _training_data(
+    arguments: argparse.Namespace, labeler: Any, size: int, epochs: int
+) -> TrainingData:
     source = {
         name: getattr(arguments, name) for name in ("shards", "images", "dataset", "root")
     } | {"cache_dir": arguments.cache_dir}
@@ -239,6 +241,9 @@ def _training_data(arguments: argparse.Namespace, labeler: Any, size: int) -> Tr
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
         return of_recipes(arguments.recipes, pictures, validation, **options)
+    augment = None
+    if arguments.augment is not None:
+        augment = load_policy(arguments.augment, epochs=epochs)
     mix, num_classes = _mix_of(arguments, labeler, size)
     return online(
         pictures,
@@ -247,7 +252,7 @@ def _training_data(arguments: argparse.Namespace, labeler: Any, size: int) -> Tr
         view=VIEWS[arguments.view],
         size=size,
         mix=mix,
-        augment=None if arguments.augment is None else load_policy(arguments.augment),
+        augment=augment,
         labelled=arguments.labels == "data",
         num_classes=arguments.num_classes or num_classes,
         **options,

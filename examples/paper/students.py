@@ -38,7 +38,7 @@ from supermix_transforms import ShardDataset, SolverSettings, generate
 from supermix_transforms.distill import PAPER, DistillSettings, distill, make_accelerator
 from supermix_transforms.files import write_atomically
 from supermix_transforms.hints import HINTS, HintLoss
-from supermix_transforms.policies import load_policy
+from supermix_transforms.policies import FILES, POLICIES, load_policy
 from supermix_transforms.trainingdata import TrainingData, of_recipes, online, other_pictures
 
 BATCH, SHARD, HELD_OUT, MIXES, GROUP, SEED = 128, 1000, 5000, 45_000, 200, 0
@@ -66,10 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
-    **{
-        name: {"augment": name, "learn": "originals"}
-        for name in ("cutout", "autoaugment-cifar10", "randaugment")
-    },
+    **{name: {"augment": name, "learn": "originals"} for name in (*POLICIES, *FILES)},
 }
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet(3, classes=100, project=True),
@@ -174,7 +171,10 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     if "unlabelled" in method:
         view = v2.Compose([v2.Resize(32), *VIEW.transforms])
         mix = other_pictures(unlabelled_of(data, work), view, seed=case.seed)
-    augment = load_policy(method["augment"]) if "augment" in method else None
+    augment = None
+    if "augment" in method:
+        epochs = settings_of(case, case.pictures // BATCH).epochs
+        augment = load_policy(method["augment"], epochs=epochs)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     view = {"labeler": teacher, "view": lambda _: VIEW, "size": 32}
     return online(ShardDataset(train), judged, mix=mix, augment=augment, **view, **options)
