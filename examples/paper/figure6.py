@@ -10,7 +10,7 @@ ImageNet: the rows supermix and supermix-3 of table4.py.
 As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test. A small setting:
 
     python examples/paper/figure6.py --panel k --data ../shared/data --work students/ \\
-        --pictures 2000 --steps 32
+        --pictures 2000 --mixes 2000 --steps 32
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from students import Case, cases_of, parser_of, run_all
 
 METHODS = ("mixup-hard", "cutmix-hard", "supermix-hard")
 VALUES: dict[str, tuple[Any, ...]] = {
-    "size": (10_000, 45_000, 90_000, 225_000, 450_000),
+    "size": (1, 2, 5, 10),  # times the pictures
     "alpha": (0.1, 0.3, 1.0, 3.0, 10.0),
     "k": (2, 3, 4),
     "lambda_s": (1.0, 5.0, 25.0, 100.0),
@@ -36,7 +36,7 @@ CLAIMS = {
 def varied(case: Case, panel: str) -> list[Case]:
     """The case at each value of the panel."""
     if panel == "size":
-        return [replace(case, mixes=value, alpha=1.0) for value in VALUES[panel]]
+        return [replace(case, mixes=value * case.pictures, alpha=1.0) for value in VALUES[panel]]
     return [replace(case, **{panel: value}) for value in VALUES[panel]]
 
 

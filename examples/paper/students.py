@@ -266,6 +266,7 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=2112)
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
+    parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
     parser.add_argument("--test", action="store_true", help="measure on the test set")
     return parser
 
@@ -273,7 +274,15 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
 def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
     """A case for each seed and method: one of each method first, so that what is there is paired"""
     return [
-        Case(name, seed, options.steps, options.pictures, test=options.test, **fields)
+        Case(
+            name,
+            seed,
+            options.steps,
+            options.pictures,
+            mixes=options.mixes,
+            test=options.test,
+            **fields,
+        )
         for seed in options.seeds
         for name in options.methods
     ]

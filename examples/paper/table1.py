@@ -10,7 +10,7 @@ As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test, 31 hours a run on
 0.48 s a step that were measured here. A small setting, in about 15 minutes on one core:
 
     python examples/paper/table1.py --data ../shared/data --work students/ \\
-        --pictures 2000 --steps 32
+        --pictures 2000 --mixes 2000 --steps 32
 """
 
 from students import cases_of, parser_of, run_all

@@ -11,7 +11,7 @@ a run of which is 234,000 steps of 256 pictures: 31 hours on one core at the 0.4
 measured here. A small setting, that shows that all rows work, in about 25 minutes on one core:
 
     python examples/paper/table2.py --data ../shared/data --work students/ \\
-        --pictures 2000 --steps 32
+        --pictures 2000 --mixes 2000 --steps 32
 """
 
 from students import cases_of, parser_of, run_all

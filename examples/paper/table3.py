@@ -9,7 +9,7 @@ compare maps of the same name and size, which these two do not have, so they are
 As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test. A small setting:
 
     python examples/paper/table3.py --data ../shared/data --work students/ \\
-        --pictures 2000 --steps 32
+        --pictures 2000 --mixes 2000 --steps 32
 """
 
 from students import cases_of, parser_of, run_all

@@ -1,0 +1,97 @@
+"""The scripts of the paper's tables and figures, in small, on real pictures with a real teacher."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of examples/paper, imported anew, whose runs judge on 1,000 pictures."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def load(name: str):
+        monkeypatch.setattr(importlib.import_module("students"), "HELD_OUT", 1000)
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if EXAMPLES in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("students")
+
+
+def run(module, monkeypatch, data, work, *options: str) -> list[dict]:
+    out = work / f"{module.__name__}.json"
+    words = ["--data", str(data), "--work", str(work), "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+    module.main()
+    return json.loads(out.read_text())["results"]
+
+
+SMALL = ("--pictures", "1000", "--mixes", "1000", "--steps", "4")
+
+
+def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, capsys):
+    methods = ["kd", "at", "crd-kd", "unlabelled-hard", "supermix-hard-kd"]
+    table = script("table2")
+    found = run(table, monkeypatch, data, work, *SMALL, "--methods", *methods)
+    assert [result["method"] for result in found] == methods
+    for result in found:
+        assert 0 <= result["top1"] <= result["top5"] <= 1
+        # four steps of 128 originals and 128 mixes are half an epoch, eight of originals are one
+        assert result["student_samples"] == (1000 if "hard" not in result["method"] else 2000)
+    assert table.PAPER["supermix-hard-kd"] == 73.19
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["paper_top1"]["kd"] == 70.66
+    again = run(table, monkeypatch, data, work, *SMALL, "--methods", *methods, "ce")
+    assert again[: len(found)] == found  # nothing is run again
+    assert again[-1]["method"] == "ce"
+
+
+def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work):
+    (policy,) = run(
+        script("table1"), monkeypatch, data, work, *SMALL, "--methods", "fast-autoaugment-cifar10"
+    )
+    assert (policy["teacher"], policy["student"]) == ("resnet20", "resnet20")
+    assert policy["student_samples"] == 1000
+    (other,) = run(script("table3"), monkeypatch, data, work, *SMALL, "--methods", "cutmix-hard")
+    assert other["student"] == "shufflenet_v2_x0_5"
+    assert other["student_samples"] == 2000
+
+
+def test_figure_6_varies_one_thing(script):
+    figure = script("figure6")
+    case = script("students").Case("cutmix-hard", pictures=2000, mixes=2000)
+    assert [new.k for new in figure.varied(case, "k")] == [2, 3, 4]
+    assert [new.mixes for new in figure.varied(case, "size")] == [2000, 4000, 10_000, 20_000]
+    assert {new.alpha for new in figure.varied(case, "size")} == {1.0}
+    assert [new.lambda_s for new in figure.varied(case, "lambda_s")][2] == 25.0
+
+
+def test_figure_7_finds_the_order_of_the_paper(script, monkeypatch, data, tmp_path, capsys):
+    out = tmp_path / "figure7.json"
+    words = ["figure7", "--data", str(data), "--out", str(out), "--count", "200"]
+    monkeypatch.setattr(sys, "argv", words)
+    script("figure7").main()
+    content = json.loads(out.read_text())
+    for split in ("train", "test"):
+        entropy = [values["entropy"] for values in content[f"b, {split}"].values()]
+        assert entropy == sorted(entropy)  # originals, MixUp, CutMix, SuperMix
+    points = content["a, test"]["SuperMix"]["points"]
+    assert len(points) == 3
+    assert "SuperMix" in capsys.readouterr().out
