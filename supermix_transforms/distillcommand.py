@@ -49,8 +49,17 @@ started again, it goes on."""
 
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
-    *("teacher", "weights", "mean", "std", "mix", "k", "alpha", "recipes", "mixed_shards"),
-    *("unlabelled", "target", "hints", "layers", "student", "batch_size", "accumulate"),
+    *("teacher", "weights", "mean", "std", "mix", "k", "alpha", "partners", "recipes"),
+    *(
+        "mixed_shards",
+        "unlabelled",
+        "target",
+        "hints",
+        "layers",
+        "student",
+        "batch_size",
+        "accumulate",
+    ),
     "mixed_precision",
 )
 
@@ -98,9 +107,11 @@ def _mix_options(group: Any) -> None:
     add("--mix", choices=("supermix", "mixup", "cutmix"), default="supermix", help="while training")
     add("--k", type=int, default=2, help="pictures a mix")
     add("--alpha", type=float, help="of the weights; 3 for supermix, 1 for the others")
-    add("--recipes", metavar="DIR", help="what generate wrote of these shards; needs no teacher")
-    add("--mixed-shards", metavar="DIR", help="what generate --as shards wrote; needs no teacher")
-    add(
+    add("--partners", choices=("random", "matched"), default="random", help="of supermix")
+    other = group.add_mutually_exclusive_group().add_argument
+    other("--recipes", metavar="DIR", help="what generate wrote of these shards; needs no teacher")
+    other("--mixed-shards", metavar="DIR", help="what generate --as shards wrote; needs no teacher")
+    other(
         "--unlabelled",
         nargs="+",
         metavar="TAR|DIR|URL",
@@ -240,6 +251,11 @@ def _training_data(
     if arguments.recipes is not None:
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
+        if arguments.augment is not None:
+            raise ValueError(
+                "augment: expected pictures that are mixed while training, got recipes, which hold "
+                "the views that were mixed. Leave --augment or --recipes out."
+            )
         return of_recipes(arguments.recipes, pictures, validation, **options)
     augment = None
     if arguments.augment is not None:
@@ -278,7 +294,8 @@ def _mix_of(
         options = {"seed": arguments.seed, "cache_dir": arguments.cache_dir}
         return other_pictures(arguments.unlabelled, view, **options), None
     if arguments.mix == "supermix":
-        return SuperMix(labeler, k=arguments.k, alpha=arguments.alpha or 3.0), None
+        options = {"k": arguments.k, "alpha": arguments.alpha or 3.0}
+        return SuperMix(labeler, partners=arguments.partners, **options), None
     kind = {"mixup": MixUp, "cutmix": CutMix}[arguments.mix]
     return kind(k=arguments.k, alpha=arguments.alpha or 1.0, teacher=labeler), None
 

@@ -579,6 +579,7 @@ def own_precision():
         ["--labels", "teacher", "--preset", "modern"],
         ["--mix", "cutmix", "--k", "3", "--augment", "cutout", "--accumulate", "2"],
         ["--learn", "originals", "--kd", "originals", "--mixed-precision", "bf16"],
+        ["--partners", "matched", "--batch-size", "8"],
         ["--mix", "mixup", "--alpha", "0.5", "--target", "soft", "--num-workers", "1"],
     ],
 )
@@ -633,6 +634,7 @@ def test_distill_tells_a_tracker(distilling, photos, capsys):
     [
         ([], "distill: expected --teacher, --recipes or --mixed-shards, got none of them"),
         (["--learn", "originals"], "distill: expected a number of classes, got no teacher"),
+        (["--recipes", "x", "--augment", "cutout"], "augment: expected pictures that are mixed"),
         (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
         (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),
         (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),
