@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from real_data import CIFAR100_STATISTICS, ResNet, cifar_net, cifar_teacher
 
-from supermix_transforms import ShardDataset, SolverSettings, generate
+from supermix_transforms import ShardDataset, SolverSettings, SuperMix, generate
 from supermix_transforms.distill import PAPER, DistillSettings, distill, make_accelerator
 from supermix_transforms.files import write_atomically
 from supermix_transforms.hints import HINTS, HintLoss
@@ -167,7 +167,8 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
         folder = recipes_of(case, data, work, train)
         options["target"] = method.get("target", "hard")
         return of_recipes(folder, ShardDataset(train), judged, **options)
-    mix = None
+    teacher = cifar_teacher(data, "cifar100", net=case.teacher)
+    mix: Any = SuperMix(teacher) if "online" in method else None
     if "unlabelled" in method:
         view = v2.Compose([v2.Resize(32), *VIEW.transforms])
         mix = other_pictures(unlabelled_of(data, work), view, seed=case.seed)
@@ -175,7 +176,6 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     if "augment" in method:
         epochs = settings_of(case, case.pictures // BATCH).epochs
         augment = load_policy(method["augment"], epochs=epochs)
-    teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     view = {"labeler": teacher, "view": lambda _: VIEW, "size": 32}
     return online(ShardDataset(train), judged, mix=mix, augment=augment, **view, **options)
 
@@ -267,6 +267,7 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--steps", type=int, default=2112)
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
+    parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
     parser.add_argument("--test", action="store_true", help="measure on the test set")
     return parser
 
@@ -281,7 +282,7 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
             options.pictures,
             mixes=options.mixes,
             test=options.test,
-            **fields,
+            **{"teacher": options.teacher, **fields},
         )
         for seed in options.seeds
         for name in options.methods
