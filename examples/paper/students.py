@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
+    "online-hard": {"online": True},  # SuperMix, mixed while training
     **{name: {"augment": name, "learn": "originals"} for name in (*POLICIES, *FILES)},
 }
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
