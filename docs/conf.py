@@ -4,7 +4,8 @@ import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tree is documented, not an installed copy
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the tree is documented, not an installed copy
 
 project = "supermix-transforms"
 release = version = installed("supermix-transforms")
@@ -13,10 +14,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
 html_theme = "furo"
 html_title = project
-exclude_patterns = ["_build"]
+html_show_copyright = False
+html_show_sphinx = False
+exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py"]
 default_role = "py:obj"  # `Name` in docstrings
 nitpicky = False
 
@@ -29,3 +33,14 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_use_rtype = False
 add_module_names = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("scrapers.figures", "matplotlib"),
+    "show_memory": False,
+    "write_computation_times": False,
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+}
