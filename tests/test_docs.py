@@ -46,6 +46,34 @@ def test_readme_blocks_run_one_after_the_other_as_they_stand(tmp_path):
     assert "torch.Size([4, 3, 224, 224]) torch.Size([4, 1000])" in done.stdout
 
 
+def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)  # a message's lines in one
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r'^\*\*"(.+?)"\*\*$', page, re.MULTILINE)
+    assert len(messages) >= 15
+    for message in messages:
+        if message.startswith("terminate called"):
+            continue  # of C++
+        for part in message.split("..."):
+            assert part.strip() in source, message
+
+
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_of_a_page_run_one_after_the_other(page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    script = tmp_path / "pasted.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + "\n".join(blocks))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_readmes_line_trains_a_student_on_a_folder_of_photos(tmp_path, monkeypatch, capsys):
     from supermix_transforms.cli import main
