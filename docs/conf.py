@@ -24,7 +24,7 @@ exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py"]
 default_role = "py:obj"  # `Name` in docstrings
 nitpicky = False
 
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
