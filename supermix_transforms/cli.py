@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, get_args, get_type_hints
 
 import supermix_transforms
@@ -37,6 +37,7 @@ from supermix_transforms.inspection import (
 )
 from supermix_transforms.models import load_teacher
 from supermix_transforms.pictures import PictureFiles
+from supermix_transforms.report import report
 from supermix_transforms.shards import (
     IndexSummary,
     ShardDataset,
@@ -78,6 +79,11 @@ example:
   supermix replay recipes/ --shards 'imagenet/train-{0000..1281}.tar' --count 16 --out seen/
 
 To train on all mixes: supermix_transforms.replay in a DataLoader."""
+REPORT_EXAMPLE = """\
+example:
+  supermix report run/
+
+One HTML page, report.html in that folder, of what demo, mix, replay, generate or distill made."""
 INSPECT_EXAMPLE = """\
 example:
   supermix inspect recipes/ --verify
@@ -241,6 +247,17 @@ def _replay(arguments: argparse.Namespace) -> ReplaySummary:
     return replay_pictures(arguments.folder, dataset, arguments.out, count=arguments.count)
 
 
+@dataclass(frozen=True)
+class ReportSummary:
+    """Where the page is."""
+
+    report: str
+
+
+def _report(arguments: argparse.Namespace) -> ReportSummary:
+    return ReportSummary(str(report(arguments.run_folder, arguments.out)))
+
+
 def _inspect(arguments: argparse.Namespace) -> Inspection:
     return inspect_mixes(arguments.folder, verify=arguments.verify)
 
@@ -321,6 +338,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache-dir", metavar="DIR", help="for copies of shards from elsewhere")
     add("--count", type=int, default=16, help="mixes")
     add("--out", required=True, metavar="DIR", help="made if it is not there")
+    _json_option(command)
+
+    command = _command(commands, "report", "one HTML page of a run", REPORT_EXAMPLE)
+    command.set_defaults(run=_report, show=lambda summary: print(summary.report))
+    command.add_argument("run_folder", metavar="RUN", help="its folder")
+    command.add_argument("--out", metavar="FILE", help="the page; RUN/report.html, if left out")
     _json_option(command)
 
     command = _command(

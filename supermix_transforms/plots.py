@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ __all__ = [
     "class_name",
     "contact_sheet",
     "cost_bars",
+    "histogram",
     "make_panels",
     "overview",
     "training_curves",
@@ -38,6 +40,7 @@ TITLE, CAPTION, ARROW, BARS = 0.44, 0.34, 0.34, 2.6  # above and below pictures,
 MIX = 2 * CELL + GAP  # a mix is as high as an input over its mask
 ROW = TITLE + MIX + CAPTION
 FONT, LINE = 9, 0.18  # points; inches
+BARS_AT_MOST = 31
 CURVE = "#2f8f5b"
 ASKED, OTHER, FAINT = "#8fd0a8", "#d4d4d4", "#666666"  # bars of the tuple's classes, others; text
 
@@ -208,6 +211,39 @@ def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "
     return figure
 
 
+def histogram(series: Mapping[str, Sequence[float]], *, label: str) -> "Figure":
+    """How often values occur, as shares of each series; whole numbers have a bar each.
+
+    Args:
+        series: values by name; drawn over one another.
+        label: of the values.
+
+    Raises:
+        ValueError: if there is no value.
+        ImportError: if matplotlib is not installed.
+    """
+    every = np.concatenate([np.asarray(values, dtype=float) for values in series.values()])
+    if len(every) == 0:
+        raise ValueError(f"series: expected at least one value of {label}, got none.")
+    low, high = float(every.min()), float(every.max())
+    if (every == every.round()).all() and high - low < BARS_AT_MOST:
+        edges = np.arange(low, high + 2) - 0.5
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, BARS_AT_MOST)
+    figure = require_matplotlib()(figsize=(4.5, 3.0), dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    for (name, values), color in zip(series.items(), (CURVE, FAINT), strict=False):
+        weights = np.full(len(values), 1 / max(1, len(values)))
+        axes.hist(values, edges.tolist(), weights=weights, color=color, alpha=0.7, label=name)
+    if len(series) > 1:
+        axes.legend(fontsize=FONT, frameon=False)
+    axes.set_xlabel(label, fontsize=FONT)
+    axes.set_ylabel("share", fontsize=FONT)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def training_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
     """Loss and validation of a run of `distill`, by epoch.
 
@@ -237,10 +273,10 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
         panels[1].annotate(
             label,
             (epochs[-1], values[-1]),
-            xytext=(0, 4),
+            xytext=(0, -4 if name == "top1" else 4),
             textcoords="offset points",
             ha="right",
-            va="bottom",
+            va="top" if name == "top1" else "bottom",
             color=color,
             fontsize=FONT,
         )

@@ -42,6 +42,13 @@ def _translate(image: Tensor, x: float = 0.0, y: float = 0.0) -> Tensor:
     return _affine(image, translate=[round(x * width), round(y * height)])
 
 
+def _solarize(image: Tensor, threshold: float) -> Tensor:
+    if threshold > 255:  # published policies have 256, which torchvision refuses
+        return image
+    inverted: Tensor = _functional.solarize(image, threshold)
+    return inverted
+
+
 def cutout(image: Tensor, share: float) -> Tensor:
     """Grey a square whose centre is anywhere in the picture (DeVries and Taylor, 2017).
 
@@ -71,7 +78,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Color": lambda image, m: _functional.adjust_saturation(image, m),
     "Brightness": lambda image, m: _functional.adjust_brightness(image, m),
     "Sharpness": lambda image, m: _functional.adjust_sharpness(image, m),
-    "Solarize": lambda image, m: _functional.solarize(image, m),  # inverted from that value on
+    "Solarize": _solarize,  # inverted from that value on, 256: nothing
     "Posterize": lambda image, m: _functional.posterize(image, int(m)),  # bits that are kept
     "Cutout": cutout,
     "AutoContrast": lambda image, _: _functional.autocontrast(image),
@@ -99,11 +106,13 @@ class Policy:
     """
 
     def __init__(self, content: Mapping[str, Any], *, epochs: int | None = None) -> None:
-        self._sub_policies = [_operations(each) for each in content.get("sub_policies", [])]
+        self._sub_policies = [_operations(each) for each in _list(content, "sub_policies")]
         self._phases: list[tuple[float, list[Operation]]] = []  # share of training at its end
-        phases = content.get("phases", [])
+        phases = _list(content, "phases")
         try:
-            lengths = [int(phase["epochs"]) for phase in phases]
+            lengths = [phase["epochs"] for phase in phases]
+            if not all(isinstance(length, int) and length >= 0 for length in lengths):
+                raise TypeError(f"{lengths} epochs")
             for number, phase in enumerate(phases, 1):
                 end = sum(lengths[:number]) / sum(lengths)
                 self._phases.append((end, _operations(phase["operations"])))
@@ -117,7 +126,7 @@ class Policy:
                 'policy: expected either "sub_policies" or "phases", got '
                 f"{', '.join(content) or 'nothing'}. See `Policy` for the format."
             )
-        self._epochs = epochs or sum(int(phase["epochs"]) for phase in phases)
+        self._epochs = epochs or sum(lengths)
         self._phase = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -185,8 +194,20 @@ def load_policy(name: str | Path, *, epochs: int | None = None) -> Callable[[Any
             f"policy: expected a JSON file, got {str(name)!r}: {error}. Check the path."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"policy: expected an object in {str(name)!r}, got a list or a value.")
+        raise ValueError(
+            f"policy: expected an object in {str(name)!r}, got {type(content).__name__}. See "
+            "`Policy` for the format."
+        )
     return Policy(content, epochs=epochs)
+
+
+def _list(content: Mapping[str, Any], key: str) -> list[Any]:
+    found = content.get(key, [])
+    if not isinstance(found, list):
+        raise ValueError(
+            f'policy: expected a list of "{key}", got {found!r:.80}. See `Policy` for the format.'
+        )
+    return found
 
 
 def _operations(given: Sequence[Any]) -> list[Operation]:
@@ -196,12 +217,13 @@ def _operations(given: Sequence[Any]) -> list[Operation]:
         try:
             name, probability, magnitude = each
             right = name in OPERATIONS and 0 <= probability <= 1 and math.isfinite(magnitude)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             right = False
         if not right:
             raise ValueError(
                 "policy: expected operations [name, probability in 0..1, magnitude] with a name "
-                f"of {', '.join(OPERATIONS)}, got {json.dumps(each)[:80]}."
+                f"of {', '.join(OPERATIONS)}, got {json.dumps(each)[:80]}. "
+                "See `OPERATIONS` for the units."
             )
         found.append((name, float(probability), float(magnitude)))
     return found

@@ -60,6 +60,7 @@ def test_torchs_generator_alone_decides(name):
         ("Brightness", 0.6, lambda image: F.adjust_brightness(image, 0.6)),
         ("Sharpness", 1.9, lambda image: F.adjust_sharpness(image, 1.9)),
         ("Solarize", 100, lambda image: torch.where(image >= 100, 255 - image, image)),
+        ("Solarize", 256, lambda image: image),
         ("Posterize", 3, lambda image: image & 0b11100000),
         ("Invert", 0, lambda image: 255 - image),
         ("AutoContrast", 0, F.autocontrast),
@@ -165,6 +166,41 @@ def test_published_policies_have_their_numbers():
     assert max(len(operations) for _, operations in population._phases) <= 30
 
 
+def test_pbas_numbers_belong_to_their_operations():
+    # the source's vector from epoch 12 on begins 0 0, 3 7, 1 9, 2 0, 2 0 (tenths of probability,
+    # level) for Rotate, TranslateX, TranslateY, Brightness, Color; its 25th pair is 6 0, Solarize's
+    phases = load_policy("pba-cifar10")._phases
+    first = [
+        ("TranslateX", 0.3, 7 / 32),
+        ("TranslateY", 0.1, 9 / 32),
+        ("Brightness", 0.2, 0.1),
+        ("Color", 0.2, 0.1),
+    ]
+    assert phases[1][1][:4] == first
+    assert phases[1][1][10] == ("Solarize", 0.6, 256)
+    # the last one's begins 0 6, 6 6, 10 0, 3 4, 5 8, 0 9, 7 3, and ends 5 2, 7 6
+    last = phases[-1][1]
+    assert last[:3] == [
+        ("TranslateX", 0.6, 6 / 32),
+        ("TranslateY", 1, 0),
+        ("Brightness", 0.3, 0.82),
+    ]
+    assert last[3:5] == [("Color", 0.5, 1.54), ("Sharpness", 0.7, 0.64)]
+    assert last[-2:] == [("Cutout", 0.5, 4 / 32), ("Contrast", 0.7, 1.18)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_published_operation_can_be_applied(name):
+    policy = load_policy(name)
+    lists = [*policy._sub_policies, *(operations for _, operations in policy._phases)]
+    given = {(operation, magnitude) for each in lists for operation, _, magnitude in each}
+    assert len({operation for operation, _ in given}) == 15
+    torch.manual_seed(0)
+    for operation, magnitude in given:
+        result = OPERATIONS[operation](picture(size=(8, 8)), magnitude)
+        assert (result.shape, result.dtype) == ((3, 8, 8), torch.uint8)
+
+
 def test_a_file_is_a_policy(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"source": "me", "sub_policies": [[["Invert", 1.0, 0]]]}))
@@ -184,6 +220,17 @@ def test_a_file_is_a_policy(tmp_path):
         ('{"sub_policies": [[["Rotate", 1, NaN]]]}', "expected operations"),
         ('{"sub_policies": [[["Rotate", 1]]]}', "expected operations"),
         ('{"sub_policies": ["Rotate"]}', "expected operations"),
+        ('{"sub_policies": 7}', 'expected a list of "sub_policies", got 7'),
+        ('{"sub_policies": null}', 'expected a list of "sub_policies", got None'),
+        ('{"phases": {"epochs": 1}}', 'expected a list of "phases"'),
+        (f'{{"sub_policies": [[["Rotate", 1, 1{"0" * 400}]]]}}', "expected operations"),
+        ('{"phases": [{"epochs": NaN, "operations": []}]}', "expected phases"),
+        ('{"phases": [{"epochs": Infinity, "operations": []}]}', "expected phases"),
+        (
+            '{"phases": [{"epochs": -1, "operations": []}, {"epochs": 2, "operations": []}]}',
+            "expected",
+        ),
+        ('{"phases": [{"epochs": 1}]}', "expected phases .* got KeyError.*operations"),
         ('{"phases": [{"operations": []}]}', 'expected phases with "epochs" and "operations"'),
         ('{"phases": [{"epochs": 0, "operations": []}]}', "expected phases"),
         ('{"phases": [7]}', "expected phases"),
