@@ -23,6 +23,7 @@ __all__ = [
     "PictureSet",
     "Readable",
     "Shown",
+    "labels_of",
     "open_folder",
     "open_torchvision",
 ]
@@ -150,6 +151,15 @@ def open_torchvision(name: str, root: str | Path, split: str = "train") -> Pictu
     return PictureSet(found, [str(each) for each in found.classes])
 
 
+def labels_of(pictures: Readable, indices: Sequence[int]) -> Tensor:
+    """The class of each of these samples, (P,) int64; no picture is read.
+
+    Raises:
+        ValueError: for labels that can not be read, or are no class indices.
+    """
+    return torch.tensor([int(pictures.label(index)) for index in indices])
+
+
 class Shown(Dataset[tuple[Tensor, Any, int]]):
     """Some samples ``(picture, label, place)`` as a view shows them, drawn anew in each epoch.
 
@@ -182,10 +192,6 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def labels(self) -> Tensor:
-        """The class of each sample, (P,) int64."""
-        return torch.tensor([int(self._dataset.label(index)) for index in self.indices])
 
     def __getitem__(self, place: int) -> tuple[Tensor, Any, int]:
         return self.__getitems__([place])[0]

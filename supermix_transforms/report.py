@@ -169,8 +169,8 @@ def _of_generate(folder: Path) -> _Page:
         f"supermix generate: {inspection.form}, {inspection.finished} of {inspection.units} units",
     )
     page.table("problems", {str(n): text for n, text in enumerate(inspection.problems, 1)})
-    if inspection.form == "recipes":
-        groups = list(_groups(Ledger(folder)))
+    groups = list(_groups(Ledger(folder))) if inspection.form == "recipes" else []
+    if groups:
         outcomes = np.concatenate([group.outcome for group in groups])
         _steps_of(page, np.concatenate([group.steps for group in groups]).tolist())
         entropies = {

@@ -18,6 +18,7 @@ from supermix_transforms.picturesets import (
     PictureSet,
     Readable,
     Shown,
+    labels_of,
     open_folder,
     open_torchvision,
 )
@@ -142,7 +143,9 @@ def online(
     else:
         judged = list(range(len(validation)))
     middle = _middle(validation, judged, (size, size))
-    return TrainingData(train, DataLoader(middle, **options), classes, shown.labels)
+    return TrainingData(
+        train, DataLoader(middle, **options), classes, partial(labels_of, pictures, kept)
+    )
 
 
 def of_recipes(
@@ -174,8 +177,8 @@ def of_recipes(
     if validation is not None:
         size = mixes.settings["view"]["size"]
         judged = DataLoader(_middle(validation, range(len(validation)), size), **options)
-    every = Shown(dataset, ViewDraws(v2.CenterCrop(1), seed=0), range(len(dataset)))
-    return TrainingData(train, judged, int(mixes.settings["num_classes"]), every.labels)
+    labels = partial(labels_of, dataset, range(len(dataset)))
+    return TrainingData(train, judged, int(mixes.settings["num_classes"]), labels)
 
 
 def mixed_pictures(folder: str | Path, size: int) -> tuple[OtherPictures, int]:

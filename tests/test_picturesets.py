@@ -16,6 +16,7 @@ from supermix_transforms.picturesets import (
     OtherPictures,
     PictureSet,
     Shown,
+    labels_of,
     open_folder,
     open_torchvision,
 )
@@ -148,7 +149,11 @@ def test_a_view_has_picture_label_and_place():
     shown = view(indices=[7, 9])
     image, label, place = shown[1]
     assert (image.shape, image.dtype, label, place) == ((3, 16, 16), torch.uint8, 9, 1)
-    assert shown.labels().tolist() == [7, 9]
+
+
+def test_labels_are_read_without_pictures(folder):
+    (folder / "red" / "a.png").write_bytes(b"no picture")
+    assert labels_of(open_folder(folder), [4, 0]).tolist() == [2, 0]
 
 
 def test_augmentation_depends_on_epoch_and_sample_alone():

@@ -15,8 +15,10 @@ from supermix_transforms.plots import (
     Seen,
     contact_sheet,
     cost_bars,
+    histogram,
     make_panels,
     overview,
+    training_curves,
 )
 from supermix_transforms.results import Mixed
 
@@ -233,3 +235,35 @@ print("matplotlib.pyplot" in sys.modules, "matplotlib.figure" in sys.modules)
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert shown.stdout.split() == ["False", "True"]
+
+
+# -- distributions and curves ----------------------------------------------------------------------
+
+
+def test_whole_numbers_have_a_bar_each_and_others_share_bins():
+    (axes,) = histogram({"mixes": [0, 0, 1, 3]}, label="steps").axes
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0.25, 0, 0.25]
+    assert [bar.get_x() + 0.5 for bar in axes.patches] == [0, 1, 2, 3]
+    assert axes.get_xlabel() == "steps"
+    assert axes.get_legend() is None
+    (axes,) = histogram({"a": [0.0, 0.5], "b": [0.25] * 3}, label="share").axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert sum(heights) == pytest.approx(2)  # each series is 1 in all
+    assert max(heights) == pytest.approx(1)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert len(histogram({"a": [2.5, 2.5]}, label="x").axes[0].patches) > 1
+    with pytest.raises(ValueError, match="expected at least one value of steps"):
+        histogram({"mixes": []}, label="steps")
+
+
+def test_curves_are_the_history():
+    history = [{"epoch": n, "loss": 3.0 - n, "top1": 0.1 * n, "top5": 0.3 * n} for n in range(3)]
+    loss, validation = training_curves(history).axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
+    assert validation.lines[0].get_ydata().tolist() == pytest.approx([0, 10, 20])
+    assert validation.lines[1].get_ydata().tolist() == pytest.approx([0, 30, 60])
+    assert [text.get_text() for text in validation.texts] == ["top-1  20.0 %", "top-5  60.0 %"]
+    (alone,) = training_curves([{"epoch": 0, "loss": 2.0}]).axes  # no validation
+    assert alone.lines[0].get_marker() == "o"
+    with pytest.raises(ValueError, match="expected at least one epoch"):
+        training_curves([])

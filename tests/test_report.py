@@ -130,6 +130,13 @@ def test_a_run_that_is_not_whole_says_so(recipes):
     assert "1 of 2 units are there" in parsed(report(recipes)).text
 
 
+def test_a_run_that_has_just_begun_has_a_page(recipes):
+    (recipes / "manifest.jsonl").write_text("")
+    page = parsed(report(recipes))
+    assert "0 of 2 units are there" in page.text
+    assert images(page) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

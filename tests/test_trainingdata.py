@@ -49,6 +49,7 @@ def ours(pictures, validation=None, **options):
 
 def test_every_tenth_picture_is_held_out_and_never_trained_on(shards):
     data = ours(ShardDataset(shards))
+    assert data.labels().tolist() == [i % 4 for i in range(22) if i % 10]
     trained, judged = (
         [loader.dataset.indices[place] for *_, places in loader for place in places.tolist()]
         for loader in (data.train, data.validation)
@@ -114,6 +115,7 @@ def test_recipes_give_originals_and_mixes(shards, tmp_path):
     generate(dataset, colour_teacher(), tmp_path / "recipes", batch_size=6)
     data = of_recipes(tmp_path / "recipes", ShardDataset(shards), None, **OPTIONS)
     assert (data.validation, data.num_classes) == (None, NUM_CLASSES)
+    assert data.labels().tolist() == [i % 4 for i in range(22)]
     batch = next(iter(data.train))
     assert batch.images.shape == batch.mixed.shape == (5, 3, 16, 16)
     data = of_recipes(tmp_path / "recipes", ShardDataset(shards), ShardDataset(shards), **OPTIONS)

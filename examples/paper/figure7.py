@@ -3,7 +3,7 @@
     python examples/paper/figure7.py --data ../shared/data --out docs/results/figure7.json
 
 CIFAR-100 and its ResNet-56 (the paper: VGG13), 2,000 pictures, k 2; of the training set, which this
-teacher knows by heart, and of the test set. Five minutes on one core.
+teacher knows by heart, and of the test set.
 
 - a: the features before the classifier of three classes, in the plane of the originals' first two
   principal components, and the standard deviation around each class's mean in all dimensions

@@ -7,7 +7,7 @@ student is a ResNet-20. The paper has WRN-40-2, WRN-28-10 and Shake-Shake on CIF
 and ResNet-200 on ImageNet, and takes the rows but those of mixes from other papers.
 
 As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test, 31 hours a run on one core at the
-0.48 s a step that were measured here. A small setting, in about 15 minutes on one core:
+0.48 s a step that were measured here. A small setting, that shows that all rows work:
 
     python examples/paper/table1.py --data ../shared/data --work students/ \\
         --pictures 2000 --mixes 2000 --steps 32

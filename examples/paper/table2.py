@@ -8,7 +8,7 @@ As long as the paper's (FULL; the paper has the mean of four runs):
         --seeds 0 1 2 3 --test
 
 a run of which is 234,000 steps of 256 pictures: 31 hours on one core at the 0.48 s a step that were
-measured here. A small setting, that shows that all rows work, in about 25 minutes on one core:
+measured here. A small setting, that shows that all rows work:
 
     python examples/paper/table2.py --data ../shared/data --work students/ \\
         --pictures 2000 --mixes 2000 --steps 32
