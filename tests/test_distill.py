@@ -266,7 +266,8 @@ class Staged(nn.Module):
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU())
+        norm = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), norm, nn.ReLU())
         self.layer2 = nn.Sequential(nn.Conv2d(width, 6, 3, 2, 1), nn.ReLU())
         self.fc = nn.Linear(6, NUM_CLASSES)
 
@@ -292,11 +293,12 @@ def numbered(count: int = 24) -> DataLoader:
 def test_a_loss_of_features_is_of_the_originals_alone(method):
     network, hints = hinted(method)
     batch = next(iter(numbered()))
+    network.eval()  # batch statistics would be of the mixes as well
     whole = _Pictured(network, None, None, hints)
     torch.manual_seed(1)
     loss, samples = loss_of(whole, batch, DistillSettings(), hinted=True)
     other = hinted(method)
-    alone = _Pictured(other[0], None, None, other[1])
+    alone = _Pictured(other[0].eval(), None, None, other[1])
     torch.manual_seed(1)  # crd draws
     _, hint = alone(batch.images, (6, batch.extra[2]))
     without, _ = loss_of(network, batch, DistillSettings())

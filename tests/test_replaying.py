@@ -187,6 +187,15 @@ def test_a_sampler_shuffles_groups_and_keeps_neighbours(usual):
     assert (steps == 1).sum() >= 2 * COUNT - 10
 
 
+def test_mixes_are_had_in_any_order(made):
+    mixes = made.replay()
+    order = [i for step in (3, 2, 1) for i in range(len(mixes) - step, -1, -3)]  # each once
+    assert sorted(order) == list(range(len(mixes)))
+    batch = mixes.collate(mixes.__getitems__(order))
+    for row, (image, _) in enumerate(made.known(batch)):
+        assert torch.equal(batch.mixed[row], image)
+
+
 def test_single_mixes_are_had_too(usual):
     mixes = usual.replay()
     one = mixes[-1]

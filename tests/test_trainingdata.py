@@ -6,6 +6,7 @@ from colours import NUM_CLASSES, colour_teacher
 from tars import picture, write_colours, write_tar
 
 from supermix_transforms import MixBatch, ShardDataset, SuperMix, TeacherLabeler, generate
+from supermix_transforms.distill import _places
 from supermix_transforms.trainingdata import (
     mixed_pictures,
     of_recipes,
@@ -118,6 +119,9 @@ def test_recipes_give_originals_and_mixes(shards, tmp_path):
     assert data.labels().tolist() == [i % 4 for i in range(22)]
     batch = next(iter(data.train))
     assert batch.images.shape == batch.mixed.shape == (5, 3, 16, 16)
+    places = _places(batch)
+    assert torch.equal(data.labels()[places], batch.labels)
+    assert not torch.equal(places, batch.extra["index"])  # which mix it is
     data = of_recipes(tmp_path / "recipes", ShardDataset(shards), ShardDataset(shards), **OPTIONS)
     assert next(iter(data.validation))[0].shape == (5, 3, 16, 16)
     with pytest.raises(ValueError, match="Pass it as --recipes"):
@@ -137,9 +141,8 @@ def test_mixed_shards_bring_their_labels(shards, tmp_path, top):
     assert torch.equal(batch.targets, known.hard)
     soft = ours(ShardDataset(shards), labeler=None, mix=mix, num_classes=4, target="soft")
     batch = next(iter(soft.train))
-    expected = labeler()(batch.mixed).probs
-    # of the two largest the others' share is spread
-    assert torch.allclose(batch.targets, expected, atol=2e-3 if top is None else 0.3)
+    expected = TeacherLabeler(colour_teacher(), top=top)(batch.mixed).probs
+    assert torch.allclose(batch.targets, expected, atol=2e-3)
     assert torch.allclose(batch.targets.sum(dim=1), torch.ones(5), atol=2e-3)
 
 
