@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 import supermix_transforms
+from supermix_transforms.charts import Bar, cost_bars
 from supermix_transforms.contenders import (
     METHODS,
     SLOW,
@@ -50,7 +51,7 @@ from supermix_transforms.contenders import (
 from supermix_transforms.files import write_atomically
 from supermix_transforms.measured import Measured, backward_weight, wilson
 from supermix_transforms.mixing import check_k
-from supermix_transforms.plots import Bar, cost_bars, require_matplotlib
+from supermix_transforms.plots import require_matplotlib
 from supermix_transforms.teacher import TeacherLabeler
 
 __all__ = ["METHODS", "AtLimit", "BenchReport", "BenchRow", "bench", "make_row", "print_report"]

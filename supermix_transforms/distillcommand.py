@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from supermix_transforms.charts import training_curves
 from supermix_transforms.demo import named_labeler
 from supermix_transforms.distill import MODERN, PAPER, DistillSummary, distill, make_accelerator
 from supermix_transforms.files import write_atomically
 from supermix_transforms.generation import process_state
 from supermix_transforms.hints import HINTS, HintLoss
 from supermix_transforms.models import load_student, load_teacher
-from supermix_transforms.plots import training_curves
 from supermix_transforms.policies import load_policy
 from supermix_transforms.shards import ShardDataset
 from supermix_transforms.teacher import TeacherLabeler

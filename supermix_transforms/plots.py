@@ -6,12 +6,12 @@ given in inches, so nothing overlaps, whatever k is.
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOP",
-    "Bar",
+    "Cell",
     "Panel",
     "Seen",
     "class_name",
     "contact_sheet",
-    "cost_bars",
-    "histogram",
+    "heat_overlay",
     "make_panels",
     "overview",
-    "training_curves",
+    "picture_grid",
 ]
 
 TOP = 5  # classes whose probability is shown
@@ -39,9 +38,8 @@ CELL, GAP, EDGE = 1.3, 0.08, 0.15  # inches: a picture's side, between two, arou
 TITLE, CAPTION, ARROW, BARS = 0.44, 0.34, 0.34, 2.6  # above and below pictures, before mix and bars
 MIX = 2 * CELL + GAP  # a mix is as high as an input over its mask
 ROW = TITLE + MIX + CAPTION
+NAMES = 1.1  # left of a grid's rows
 FONT, LINE = 9, 0.18  # points; inches
-BARS_AT_MOST = 31
-CURVE = "#2f8f5b"
 ASKED, OTHER, FAINT = "#8fd0a8", "#d4d4d4", "#666666"  # bars of the tuple's classes, others; text
 
 
@@ -51,14 +49,6 @@ class Seen(NamedTuple):
     label: int
     name: str
     probability: float
-
-
-class Bar(NamedTuple):
-    """A method in a bar chart."""
-
-    name: str
-    value: float | None  # None: no bar, only the text
-    text: str  # beside the bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +125,9 @@ def contact_sheet(panels: Sequence[Panel]) -> "Figure":
         ValueError: if there is no panel.
         ImportError: if matplotlib is not installed.
     """
-    width = max((_width(panel) for panel in panels), default=0) + GAP + BARS
-    canvas = _Canvas(panels, width, ROW * len(panels))
+    _check_panels(panels)
+    width = max(_width(panel) for panel in panels) + GAP + BARS
+    canvas = _Canvas(width, ROW * len(panels))
     for number, panel in enumerate(panels):
         top = number * ROW
         right = canvas.draw(panel, 0, top) + 2 * GAP
@@ -157,10 +148,11 @@ def overview(panels: Sequence[Panel]) -> "Figure":
         ValueError: if there is no panel.
         ImportError: if matplotlib is not installed.
     """
+    _check_panels(panels)
     space = 1.5 * ARROW
     width = sum(_width(panel) + space for panel in panels) - space
-    lines = max((len(panel.names) for panel in panels), default=0)
-    canvas = _Canvas(panels, width, TITLE + MIX + (lines + 0.5) * LINE)
+    lines = max(len(panel.names) for panel in panels)
+    canvas = _Canvas(width, TITLE + MIX + (lines + 0.5) * LINE)
     right = -space
     for panel in panels:
         right = canvas.draw(panel, right + space, 0)
@@ -170,123 +162,80 @@ def overview(panels: Sequence[Panel]) -> "Figure":
     return canvas.figure
 
 
-def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "Figure":
-    """What each method costs, on a logarithmic axis, as in the paper's Fig. 7c.
+class Cell(NamedTuple):
+    """Pictures beside each other, and a line under them."""
 
-    Bars whose name starts with "fast" are green.
-
-    Raises:
-        ValueError: if there is no bar.
-        ImportError: if matplotlib is not installed.
-    """
-    if not bars:
-        raise ValueError("bars: expected at least one method to draw, got none.")
-    figure = require_matplotlib()(figsize=(8, 1 + 0.36 * len(bars)), dpi=110, facecolor="white")
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    values = [bar.value for bar in bars if bar.value is not None] or [1.0]
-    least = 10 ** math.floor(math.log10(min(values)) - 0.3)  # every bar is seen
-    axes.set_xscale("log")
-    axes.set_xlim(least, 1.1 * max(values))  # the layout makes room for the texts
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=FONT)
-    for place, (name, value, text) in enumerate(bars):
-        color = ASKED if name.startswith("fast") else OTHER
-        if value is not None:
-            axes.barh(place, value - least, left=least, height=0.72, color=color)
-        # a few points to the right of the bar's end
-        axes.annotate(
-            text,
-            (least if value is None else value, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=FONT,
-            parse_math=False,
-        )
-    axes.set_xlabel(f"{unit}, logarithmic", fontsize=FONT)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    pictures: Sequence[Tensor]  # (C, H, W), or masks (H, W)
+    caption: str = ""
 
 
-def histogram(series: Mapping[str, Sequence[float]], *, label: str) -> "Figure":
-    """How often values occur, as shares of each series; whole numbers have a bar each.
+def picture_grid(
+    cells: Sequence[Sequence[Cell]], *, rows: Sequence[str], columns: Sequence[str]
+) -> "Figure":
+    """A table of pictures: mixes by two settings, or methods by k, as in the paper's Fig. 4 and 5.
 
     Args:
-        series: values by name; drawn over one another.
-        label: of the values.
+        cells: of each row, of each column; all have equally many pictures.
+        rows: names, on the left.
+        columns: names, on top.
 
     Raises:
-        ValueError: if there is no value.
+        ValueError: if there is no cell, or not one for each row and column.
         ImportError: if matplotlib is not installed.
     """
-    every = np.concatenate([np.asarray(values, dtype=float) for values in series.values()])
-    if len(every) == 0:
-        raise ValueError(f"series: expected at least one value of {label}, got none.")
-    low, high = float(every.min()), float(every.max())
-    if (every == every.round()).all() and high - low < BARS_AT_MOST:
-        edges = np.arange(low, high + 2) - 0.5
-    else:
-        edges = np.linspace(low, high if high > low else low + 1, BARS_AT_MOST)
-    figure = require_matplotlib()(figsize=(4.5, 3.0), dpi=110, facecolor="white")
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    for (name, values), color in zip(series.items(), (CURVE, FAINT), strict=False):
-        weights = np.full(len(values), 1 / max(1, len(values)))
-        axes.hist(values, edges.tolist(), weights=weights, color=color, alpha=0.7, label=name)
-    if len(series) > 1:
-        axes.legend(fontsize=FONT, frameon=False)
-    axes.set_xlabel(label, fontsize=FONT)
-    axes.set_ylabel("share", fontsize=FONT)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    lengths = [len(row) for row in cells]
+    if not lengths or lengths != [len(columns)] * len(rows) or not columns:
+        raise ValueError(
+            f"cells: expected {len(rows)} rows of {len(columns)} cells, one at least, got rows of "
+            f"{lengths}."
+        )
+    wide = max(len(cell.pictures) for row in cells for cell in row)
+    step_x, step_y = wide * (CELL + GAP) + GAP, CELL + (LINE + GAP if _captioned(cells) else GAP)
+    canvas = _Canvas(NAMES + len(columns) * step_x, LINE + len(rows) * step_y)
+    for place, name in enumerate(columns):
+        middle = NAMES + place * step_x + (wide * (CELL + GAP) - GAP) / 2
+        canvas.text(middle, LINE, name, width=step_x)
+    for down, (name, row) in enumerate(zip(rows, cells, strict=True)):
+        top = LINE + down * step_y
+        canvas.text(NAMES - 2 * GAP, top + CELL / 2 + LINE / 2, name, align="right", width=NAMES)
+        for across, cell in enumerate(row):
+            left = NAMES + across * step_x
+            for number, picture in enumerate(cell.pictures):
+                canvas.picture(picture, left + number * (CELL + GAP), top, CELL)
+            middle = left + (wide * (CELL + GAP) - GAP) / 2
+            canvas.text(middle, top + CELL + LINE, cell.caption, FAINT, width=step_x)
+    return canvas.figure
 
 
-def training_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
-    """Loss and validation of a run of `distill`, by epoch.
+def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
+    """A picture under the colours of a class activation map (Zhou et al., CVPR 2016).
 
     Args:
-        history: what ``history.json`` holds: "epoch", "loss", and "top1", "top5" in 0..1 where
-            there was a validation.
+        image: (3, H, W) uint8, or floating in [0, 1].
+        heat: (h, w) of any range, such as ``teacher.class_maps(images).maps()[0, c]``; stretched to
+            the picture's size. What is below 0 speaks against the class and has the lowest colour.
+
+    Returns:
+        (3, H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: if there is no epoch.
         ImportError: if matplotlib is not installed.
     """
-    if not history:
-        raise ValueError("history: expected at least one epoch to draw, got none.")
-    names = [name for name in ("top1", "top5") if all(name in entry for entry in history)]
-    size = (9 if names else 4.5, 3.2)
-    figure = require_matplotlib()(figsize=size, dpi=110, facecolor="white")
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
-    epochs = [entry["epoch"] + 1 for entry in history]
-    marker = "o" if len(history) == 1 else ""  # a line of one point is not seen
-    panels[0].plot(epochs, [entry["loss"] for entry in history], color=FAINT, marker=marker)
-    panels[0].set_ylabel("training loss", fontsize=FONT)
-    for name, color in zip(names, (CURVE, FAINT), strict=False):
-        values = [100 * entry[name] for entry in history]
-        panels[1].plot(epochs, values, color=color, marker=marker)
-        label = f"top-{name[3:]}  {values[-1]:.1f} %"
-        panels[1].annotate(
-            label,
-            (epochs[-1], values[-1]),
-            xytext=(0, -4 if name == "top1" else 4),
-            textcoords="offset points",
-            ha="right",
-            va="top" if name == "top1" else "bottom",
-            color=color,
-            fontsize=FONT,
-        )
-        panels[1].set_ylabel("validation, %", fontsize=FONT)
-    for axes in panels:
-        axes.set_xlabel("epoch", fontsize=FONT)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    require_matplotlib()
+    from matplotlib import colormaps
+
+    share = heat.detach().float().cpu().clamp(min=0)
+    size = tuple(image.shape[-2:])
+    share = F.interpolate(share[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    share = share / share.max().clamp(min=1e-12)
+    colours = torch.from_numpy(colormaps["jet"](share.numpy())[..., :3]).float().movedim(-1, 0)
+    picture = image.detach().cpu()
+    picture = picture if picture.is_floating_point() else picture / 255
+    return 0.5 * picture.float() + 0.5 * colours
+
+
+def _captioned(cells: Sequence[Sequence[Cell]]) -> bool:
+    return any(cell.caption for row in cells for cell in row)
 
 
 def require_matplotlib() -> "type[Figure]":
@@ -305,6 +254,11 @@ def require_matplotlib() -> "type[Figure]":
     return Figure
 
 
+def _check_panels(panels: Sequence[Panel]) -> None:
+    if not panels:
+        raise ValueError("panels: expected at least one mix to draw, got none.")
+
+
 def _width(panel: Panel) -> float:
     """Of inputs, arrow and mix, in inches."""
     return len(panel.names) * (CELL + GAP) - GAP + ARROW + MIX
@@ -313,9 +267,7 @@ def _width(panel: Panel) -> float:
 class _Canvas:
     """A figure on which things are placed in inches from its upper left corner."""
 
-    def __init__(self, panels: Sequence[Panel], width: float, height: float) -> None:
-        if not panels:
-            raise ValueError("panels: expected at least one mix to draw, got none.")
+    def __init__(self, width: float, height: float) -> None:
         figure = require_matplotlib()
         self.width, self.height = width + 2 * EDGE, height + 2 * EDGE
         self.figure = figure(figsize=(self.width, self.height), dpi=110, facecolor="white")
@@ -388,7 +340,7 @@ def fit_text(text: str, width: float, size: float) -> str:
         path = TextPath((0, 0), line.replace("$", r"\$"), size=size)  # a dollar is no formula
         return bool(path.get_extents().width / 72 <= width)
 
-    if width == math.inf or fits(text):
+    if width == math.inf or not text or fits(text):  # no text has no path
         return text
     lengths = range(1, len(text))
     kept = bisect.bisect_left(lengths, True, key=lambda length: not fits(text[:length] + "…"))

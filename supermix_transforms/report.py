@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from supermix_transforms.charts import histogram, training_curves
 from supermix_transforms.files import write_atomically
 from supermix_transforms.inspection import inspect_mixes
 from supermix_transforms.ledger import Ledger
-from supermix_transforms.plots import histogram, training_curves
 from supermix_transforms.recipes import Group
 from supermix_transforms.replaying import open_unit
 from supermix_transforms.results import Outcome

@@ -95,3 +95,32 @@ def test_figure_7_finds_the_order_of_the_paper(script, monkeypatch, data, tmp_pa
     points = content["a, test"]["SuperMix"]["points"]
     assert len(points) == 3
     assert "SuperMix" in capsys.readouterr().out
+
+
+def test_every_figure_is_drawn_of_committed_results_and_packaged_pictures(
+    script, monkeypatch, tmp_path
+):
+    figures = script("figures")
+    for name in ("SIGMAS", "SPARSITIES", "LAMBDAS"):
+        monkeypatch.setattr(figures, name, getattr(figures, name)[1:2])
+    monkeypatch.setattr(sys, "argv", ["figures", "--out", str(tmp_path)])
+    figures.main()
+    wanted = {"figure4.jpg", "figure4-paper.jpg", "figure5.jpg"}
+    wanted |= {f"figure7{panel}.png" for panel in "abc"}
+    assert {path.name for path in tmp_path.iterdir()} >= wanted
+    drawn = Path(figures.ROOT, "docs", "images")
+    assert wanted <= {path.name for path in drawn.iterdir()}  # and are in the docs
+
+
+def test_figure_6_has_a_curve_a_method_over_the_values_of_the_setting(script):
+    rows = [
+        {"method": method, "k": k, "mixes": 1000, "top1": 0.1 * k, "seed": seed}
+        for method in ("cutmix-hard", "supermix-hard")
+        for k in (2, 3)
+        for seed in (0, 1)
+    ]
+    (axes,) = script("figures").figure6({"results": rows}, "k").axes
+    assert axes.get_xlabel() == "k"
+    assert [box.lines[0].get_xydata().tolist() for box in axes.containers] == [
+        [[2, pytest.approx(20)], [3, pytest.approx(30)]]
+    ] * 2

@@ -10,15 +10,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from supermix_transforms.plots import (
-    Bar,
+    Cell,
     Panel,
     Seen,
     contact_sheet,
-    cost_bars,
-    histogram,
+    heat_overlay,
     make_panels,
     overview,
-    training_curves,
+    picture_grid,
 )
 from supermix_transforms.results import Mixed
 
@@ -177,45 +176,6 @@ def test_no_panel_is_an_error(draw):
         draw([])
 
 
-BARS = [
-    Bar("fast", 41.0, "41 ms · 100% converged"),
-    Bar("authors-same-dtype", 43210.0, "43,210 ms · 100% converged at 50 steps"),
-    Bar("mixup", None, "nothing converged"),
-    Bar("$\\frac{", 7.0, "$x_2"),
-]
-
-
-def test_bars_are_as_long_as_the_logarithm_of_what_they_cost():
-    (axes,) = cost_bars(BARS).axes
-    assert axes.get_xscale() == "log"
-    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == [41, 43210, 7]
-    assert all(axes.get_xlim()[0] <= bar.get_x() < 7 for bar in axes.patches)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [bar.name for bar in BARS]
-    assert [text.get_text() for text in axes.texts] == [bar.text for bar in BARS]
-    colours = [bar.get_facecolor() for bar in axes.patches]
-    assert colours[0] != colours[1]
-    assert colours[1] == colours[2]
-
-
-@pytest.mark.parametrize("bars", [BARS, BARS[:1], BARS[2:3], [Bar("fast", 0.0003, "short")] * 11])
-def test_bars_and_their_texts_are_inside_the_chart(bars):
-    figure = cost_bars(bars)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
-    (axes,) = figure.axes
-    for text in [*axes.texts, *axes.get_yticklabels(), axes.xaxis.label]:
-        box = text.get_window_extent(renderer)
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
-
-
-def test_no_bar_is_an_error():
-    with pytest.raises(ValueError, match="bars: expected at least one method to draw, got none"):
-        cost_bars([])
-
-
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "supermix-transforms\[plots\]"'):
@@ -237,33 +197,39 @@ print("matplotlib.pyplot" in sys.modules, "matplotlib.figure" in sys.modules)
     assert shown.stdout.split() == ["False", "True"]
 
 
-# -- distributions and curves ----------------------------------------------------------------------
+# -- tables of pictures ----------------------------------------------------------------------------
 
 
-def test_whole_numbers_have_a_bar_each_and_others_share_bins():
-    (axes,) = histogram({"mixes": [0, 0, 1, 3]}, label="steps").axes
-    assert [bar.get_height() for bar in axes.patches] == [0.5, 0.25, 0, 0.25]
-    assert [bar.get_x() + 0.5 for bar in axes.patches] == [0, 1, 2, 3]
-    assert axes.get_xlabel() == "steps"
-    assert axes.get_legend() is None
-    (axes,) = histogram({"a": [0.0, 0.5], "b": [0.25] * 3}, label="share").axes
-    heights = [bar.get_height() for bar in axes.patches]
-    assert sum(heights) == pytest.approx(2)  # each series is 1 in all
-    assert max(heights) == pytest.approx(1)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
-    assert len(histogram({"a": [2.5, 2.5]}, label="x").axes[0].patches) > 1
-    with pytest.raises(ValueError, match="expected at least one value of steps"):
-        histogram({"mixes": []}, label="steps")
+def test_a_grid_has_a_cell_of_pictures_for_each_row_and_column():
+    pictures = torch.randint(0, 256, (6, 3, 9, 7), dtype=torch.uint8)
+    cells = [[Cell((picture, picture[0] / 255), f"L_s {n}")] for n, picture in enumerate(pictures)]
+    cells = [[*cells[0], *cells[1], *cells[2]], [*cells[3], *cells[4], *cells[5]]]
+    figure = picture_grid(cells, rows=("sigma 1", "sigma 2"), columns=("a", "b", "c"))
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(shown) == 12
+    for number, picture in enumerate(pictures):
+        assert (shown[2 * number] == picture.movedim(0, -1).numpy()).all()
+        assert (shown[2 * number + 1] == (picture[0] / 255).numpy()).all()
+    assert {"sigma 1", "sigma 2", "a", "b", "c", "L_s 0", "L_s 5"} <= set(texts(figure))
+    left, top = (axes.get_position() for axes in (figure.axes[0], figure.axes[6]))
+    assert left.x0 == top.x0  # the second row is under the first
+    assert left.y0 > top.y1
 
 
-def test_curves_are_the_history():
-    history = [{"epoch": n, "loss": 3.0 - n, "top1": 0.1 * n, "top5": 0.3 * n} for n in range(3)]
-    loss, validation = training_curves(history).axes
-    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
-    assert validation.lines[0].get_ydata().tolist() == pytest.approx([0, 10, 20])
-    assert validation.lines[1].get_ydata().tolist() == pytest.approx([0, 30, 60])
-    assert [text.get_text() for text in validation.texts] == ["top-1  20.0 %", "top-5  60.0 %"]
-    (alone,) = training_curves([{"epoch": 0, "loss": 2.0}]).axes  # no validation
-    assert alone.lines[0].get_marker() == "o"
-    with pytest.raises(ValueError, match="expected at least one epoch"):
-        training_curves([])
+@pytest.mark.parametrize("cells", [[], [[]], [[Cell(())], []]])
+def test_a_grid_with_a_cell_missing_is_an_error(cells):
+    with pytest.raises(ValueError, match="expected 2 rows of 1 cells, one at least, got rows of"):
+        picture_grid(cells, rows=("a", "b"), columns=("c",))
+
+
+def test_heat_colours_the_picture_where_the_class_is_seen():
+    picture = torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    heat = torch.tensor([[5.0, -1.0], [-1.0, -9.0]])
+    shown = heat_overlay(picture, heat)
+    assert shown.shape == (3, 8, 8)
+    assert shown.dtype == torch.float32
+    red, _, blue = shown[:, 0, 0]
+    assert red > blue  # hot
+    assert (shown[:, -1, -1] == torch.tensor([0.5, 0.5, 0.75])).all()  # white under cold blue
+    assert torch.equal(heat_overlay(picture / 255, heat), shown)
+    assert heat_overlay(picture, -heat.abs()).isfinite().all()  # seen nowhere
