@@ -58,9 +58,12 @@ class BatchMix(v2.Transform, ABC):
         check_k(k, alpha)
         if not 0 <= box_threshold <= 1:
             raise ValueError(f"box_threshold: expected a share in 0..1, got {box_threshold!r}.")
-        self.k, self.alpha = k, alpha
-        self.labels_getter, self.box_threshold = labels_getter, box_threshold
-        self.seed, self.epoch = seed, 0
+        self.k = k
+        self.alpha = alpha
+        self.labels_getter = labels_getter
+        self.box_threshold = box_threshold
+        self.seed = seed
+        self.epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draw anew: with an integer seed, the same batch is mixed otherwise in another epoch."""

@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from torch.utils.data import get_worker_info
 
 from supermix_transforms.files import lock
 from supermix_transforms.tarindex import ShardIndex, make_index, parse_index, write_index
@@ -45,7 +47,7 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
     Args:
         url: of any scheme that ``webdataset.gopen`` knows: http, https, hf, gs, ...; a ``pipe:``
             runs its command.
-        target: see `cached_path`; its folder is made.
+        target: see `cached_path`; its folder is made. Progress is shown on a terminal.
         sha256: what the copy must have, if it is known.
 
     Raises:
@@ -58,9 +60,10 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
         if target.exists():
             return
         try:
-            with part.open("wb") as file, _opened(url) as stream:
+            with part.open("wb") as file, _opened(url) as stream, _shown(target.name) as advance:
                 for block in _blocks(stream, MOST_BYTES):
                     file.write(block)
+                    advance(len(block))
                 file.flush()
                 os.fsync(file.fileno())
             index = make_index(part)
@@ -75,6 +78,20 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
             ) from error
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _shown(name: str) -> Iterator[Callable[[int], None]]:
+    """What was copied so far, on a terminal; several workers would write over one another."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    quiet = get_worker_info() is not None or not console.is_terminal
+    columns = (TextColumn("copying {task.description}"), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda count: progress.advance(task, count)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ class Form(Protocol):
 class RecipeForm:
     """Records of how the mixes are made again, see `recipes`."""
 
-    name, suffix = "recipes", ".recipe"
+    name: str = "recipes"
+    suffix: str = ".recipe"
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -75,7 +76,8 @@ class RecipeForm:
 class ShardForm:
     """Samples of mixed pictures, see `mixedshards`."""
 
-    name, suffix = "shards", ".tar"
+    name: str = "shards"
+    suffix: str = ".tar"
 
     def __init__(
         self,

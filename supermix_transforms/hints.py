@@ -85,7 +85,7 @@ class HintLoss(nn.Module):
                 _classifier(network, images) for network in (student, teacher)
             )
             self._pairs = [(ours, theirs)]
-            self.contrast = _Contrast(width, other, labels)
+            self.contrast: _Contrast = _Contrast(width, other, labels)
             return
         self._pairs = _pairs(student, teacher, images, layers)
         if method == "fitnet" and layers is None:  # RepDistiller's second of three
@@ -93,10 +93,14 @@ class HintLoss(nn.Module):
         paths = zip(*self._pairs, strict=True)
         nets = zip((student, teacher), paths, strict=True)
         channels = (_channels(net, images, places) for net, places in nets)
-        self.adapters = nn.ModuleList(_adapter(method, *c) for c in zip(*channels, strict=True))
+        self.adapters: nn.ModuleList = nn.ModuleList(
+            _adapter(method, *c) for c in zip(*channels, strict=True)
+        )
         if method != "fitnet":
             losses, pair = _import("losses.mid_level"), {"pair": {"student": ONE, "teacher": ONE}}
-            self.maps = losses.ATLoss(pair, mode="code") if method == "at" else losses.VIDLoss(pair)
+            self.maps: nn.Module = (
+                losses.ATLoss(pair, mode="code") if method == "at" else losses.VIDLoss(pair)
+            )
 
     @contextmanager
     def watching(self, student: nn.Module) -> Iterator[Features]:
@@ -175,13 +179,14 @@ class _Contrast(nn.Module):
         for name, value in (places | {"starts": counts.cumsum(0) - counts}).items():
             self.register_buffer(name, value, persistent=False)  # the labels tell
         samples, losses = len(labels), _import("losses.mid_level")
-        self.negatives = min(NEGATIVES, samples - int(counts.max()))
-        self.student, self.teacher = (
-            _import("models.wrapper").Normalizer4CRD(nn.Linear(width, EMBEDDED))
-            for width in (student, teacher)
-        )
+        self.negatives: int = min(NEGATIVES, samples - int(counts.max()))
+        normalised = _import("models.wrapper").Normalizer4CRD
+        self.student: nn.Module = normalised(nn.Linear(student, EMBEDDED))
+        self.teacher: nn.Module = normalised(nn.Linear(teacher, EMBEDDED))
         sizes = EMBEDDED, samples, self.negatives, samples
-        self.loss = losses.CRDLoss("ours", "rows", "theirs", *sizes, TEMPERATURE, MOMENTUM)
+        self.loss: Any = losses.CRDLoss(  # without types
+            "ours", "rows", "theirs", *sizes, TEMPERATURE, MOMENTUM
+        )
 
     def forward(self, student: Tensor, teacher: Tensor, indices: Tensor | None) -> Tensor:
         """Of features (B, D) and (B, E)."""

@@ -56,10 +56,14 @@ def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
     Args:
         out: the folder.
         verify: read every byte: checksums, every value of every recipe, every tar to its end.
+            Progress is shown on a terminal.
 
     Raises:
         ValueError: if it is no such folder. What is wrong inside of it is listed in `problems`.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     ledger = Ledger(out)
     settings = ledger.settings()
     entries = ledger.entries()
@@ -70,7 +74,9 @@ def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
     fields: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     steps: list[float] = []
-    for entry in entries.values():
+    console = Console(stderr=True)
+    quiet = not (verify and console.is_terminal)
+    for entry in track(entries.values(), "verify", console=console, disable=quiet, transient=True):
         path = ledger.path(entry)
         try:
             if verify and sha256_of(path) != entry.sha256:

@@ -43,7 +43,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._manifest = self.folder / MANIFEST
         self._lock = self.folder / ".manifest.lock"  # of both
 

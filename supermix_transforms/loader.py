@@ -72,7 +72,9 @@ class _BatchMixer:
                 'mix=SuperMix(teacher), or output="tuple" for originals with the teacher\'s labels.'
             )
         self.output, self.target = output, target
-        self.labels_getter, self.seed, self.epoch = labels_getter, seed, 0
+        self.labels_getter = labels_getter
+        self.seed = seed
+        self.epoch: int = 0
         self._transform, self._labeler, self._after = transform, labeler, after
         self._unconverged = unconverged
         self._has_mixed = False

@@ -42,7 +42,8 @@ class PictureFiles:
     def __init__(
         self, path: str | Path, *, size: int = 224, seed: int = 0, skip: str | Path | None = None
     ) -> None:
-        self.path, self.size = Path(path), size
+        self.path: Path = Path(path)
+        self.size = size
         if size < 1:
             raise ValueError(f"size: expected at least 1 pixel, got {size}.")
         if not self.path.exists():

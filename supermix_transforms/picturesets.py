@@ -53,7 +53,7 @@ class PictureSet:
 
     def __init__(self, dataset: Any, classes: Sequence[str] | None) -> None:
         self._dataset = dataset
-        self.classes = None if classes is None else tuple(classes)
+        self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -181,7 +181,8 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
         indices: Sequence[int],
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._dataset, self._draws, self.indices = dataset, draws, indices
+        self._dataset, self._draws = dataset, draws
+        self.indices = indices
         self._augment, self._epoch = augment, 0
 
     def set_epoch(self, epoch: int) -> None:

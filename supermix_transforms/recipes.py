@@ -176,10 +176,12 @@ class RecipeReader:
     """
 
     def __init__(self, name: str, read: Callable[[int, int], bytes], size: int) -> None:
-        self.name, self._read = name, read
+        self._read = read
+        self.name = name
+        self.layout: Layout
         with _complaint(name):
             self.layout, self._entries = self._header(size)
-        self.counts = [int(entry["mixes"]) for entry in self._entries]
+        self.counts: list[int] = [int(entry["mixes"]) for entry in self._entries]
         lengths = [sum(entry["bytes"]) for entry in self._entries]
         self._offsets = [size - sum(lengths[i:]) for i in range(len(lengths))]
 

@@ -64,7 +64,7 @@ class Replay(Dataset[ReplayedMix]):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {value!r}.")
         ledger = Ledger(recipes)
-        self.settings = ledger.settings()
+        self.settings: dict[str, Any] = ledger.settings()
         self._versions = ledger.versions()
         self._dataset, self._output, self._target = dataset, output, target
         self._view = self._read_settings(ledger)

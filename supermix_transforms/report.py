@@ -9,13 +9,13 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from supermix_transforms.charts import histogram, training_curves
+from supermix_transforms.environment import environment
 from supermix_transforms.files import write_atomically
 from supermix_transforms.inspection import inspect_mixes
 from supermix_transforms.ledger import Ledger
@@ -134,8 +134,7 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
             f"report: expected {KINDS}, got {str(run)!r}, of which a file holds something else: "
             f"{type(error).__name__} {error}. Run that command again."
         ) from error
-    packages = ("supermix-transforms", "torch", "torchvision")
-    page.table("versions of this page", {package: version(package) for package in packages})
+    page.table("made with", environment())
     html = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE).render(page=page)
     path = folder / "report.html" if out is None else Path(out)
     write_atomically(path, html.encode())

@@ -97,7 +97,9 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}.')
-        self.transform, self.labels, self.on_error = transform, labels, on_error
+        self.transform = transform
+        self.labels: Labels = labels
+        self.on_error = on_error
         self.shards: list[Path] = []
         self._indices: list[ShardIndex] = []
         self._urls: dict[Path, str] = {}  # of copies
@@ -127,7 +129,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             )
         if problems:
             self.skip(*problems)
-        self.lengths = [len(rows) for rows in self._rows]
+        self.lengths: list[int] = [len(rows) for rows in self._rows]
         self._starts = np.cumsum([0, *self.lengths])
         if len(self) == 0:
             raise ValueError(
@@ -351,10 +353,13 @@ class ShardSampler(Sampler[int]):
             )
         if rank is not None and num_replicas is not None and not 0 <= rank < num_replicas:
             raise ValueError(f"rank: expected 0..{num_replicas - 1}, got {rank}.")
-        self.lengths = dataset.lengths
-        self.seed, self.window, self.shuffle = seed, window, shuffle
-        self.rank, self.num_replicas = rank or 0, num_replicas or 1
-        self.epoch = 0
+        self.lengths: list[int] = dataset.lengths
+        self.seed = seed
+        self.window = window
+        self.shuffle = shuffle
+        self.rank: int = rank or 0
+        self.num_replicas: int = num_replicas or 1
+        self.epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

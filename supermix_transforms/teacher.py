@@ -69,7 +69,8 @@ class TeacherLabeler:
             raise ValueError(f"top: expected at least 1 class, or None for all, got {top}.")
         if (mean is None) != (std is None):
             raise ValueError(f"expected mean and std together, got mean={mean} and std={std}.")
-        self.temperature, self.top = temperature, top
+        self.temperature = temperature
+        self.top = top
         teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
         if not teachers:
             raise ValueError("teacher: expected at least one, got an empty list.")

@@ -82,7 +82,8 @@ class SuperMix(BatchMix):
         if partner_cap < 1:
             raise ValueError(f"partner_cap: expected at least 1, got {partner_cap}.")
         self.teacher: TeacherLabeler = as_labeler(teacher)
-        self.partners, self.partner_cap = partners, partner_cap
+        self.partners = partners
+        self.partner_cap = partner_cap
         self.settings = settings
 
     def mix(
@@ -182,7 +183,7 @@ class _Blind(BatchMix):
             k=k, alpha=alpha, labels_getter=labels_getter, box_threshold=box_threshold, seed=seed
         )
         self.num_classes = num_classes
-        self.teacher = None if teacher is None else as_labeler(teacher)
+        self.teacher: TeacherLabeler | None = None if teacher is None else as_labeler(teacher)
 
     @abstractmethod
     def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:

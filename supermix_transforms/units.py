@@ -66,7 +66,8 @@ class Originals(Dataset[dict[str, Any]]):
     """Samples of (pass, index), as the pass looks at them."""
 
     def __init__(self, dataset: ShardDataset, draws: ViewDraws) -> None:
-        self.dataset, self._draws = dataset, draws
+        self._draws = draws
+        self.dataset = dataset
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([place])[0]

@@ -130,7 +130,7 @@ class ViewDraws:
         self._flip = 0.0
         resize: Any = None
         stage = 0
-        self.steps = _steps(transform)
+        self.steps: list[Any] = _steps(transform)
         for step in self.steps:
             place = next((i for i, kind in enumerate(STAGES, 1) if isinstance(step, kind)), 0)
             if place <= stage:
@@ -154,7 +154,7 @@ class ViewDraws:
                 "transform: expected pictures of one size, got no crop, and no Resize to height "
                 f"and width, in {transform}. Add v2.RandomResizedCrop(size) or v2.CenterCrop(size)."
             )
-        self.view = View(
+        self.view: View = View(
             size=(int(size[0]), int(size[1])),
             resize=None if resize is None else tuple(resize.size or ()),
             max_size=None if resize is None else resize.max_size,

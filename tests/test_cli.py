@@ -3,6 +3,8 @@
 import inspect
 import io
 import json
+import platform
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -355,7 +357,40 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out == f"supermix {__version__}\n"
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["supermix-transforms"] == __version__
+    assert shown["torch"] == torch.__version__.partition("+")[0]
+    assert shown["python"] == platform.python_version()
+    assert {"torchvision", "accelerate", "webdataset", "system", "CPU", "GPU"} <= set(shown)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = tmp_path / "supermix"
+    script.write_text(capsys.readouterr().out)
+    ask = f"""source {script}
+COMP_WORDS=(supermix $1); COMP_CWORD=$2; COMP_LINE="supermix $1"; COMP_POINT=${{#COMP_LINE}}
+_shtab_supermix supermix; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+    def complete(words: str, place: int) -> list[str]:
+        command = ["bash", "-c", ask, "bash", words, str(place)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("rep", 1) == ["replay", "report"]
+    assert "--partner-cap" in complete("generate --par", 2)
+    (tmp_path / "recipes").mkdir()
+    assert complete(f"inspect {tmp_path}/rec", 2) == [f"{tmp_path}/recipes"]
+
+
+def test_the_help_of_supermix_says_what_exit_codes_mean(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for words in ("0 done", "1 inspect found", "2 an error", "130 interrupted", "143 terminated"):
+        assert words in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("line", [[], ["nonsense"], ["mix"], ["demo", "--seed", "x"]])

@@ -1,0 +1,95 @@
+"""Options that several commands share, and how their help looks."""
+
+import argparse
+from typing import get_args, get_type_hints
+
+from supermix_transforms.solver import SolverSettings
+
+__all__ = ["add_command", "json_option", "output_options", "search_options", "teacher_options"]
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=example,
+        formatter_class=_Formatter,
+    )
+
+
+def teacher_options(
+    command: argparse.ArgumentParser,
+    required: bool,
+    *,
+    images: bool = True,
+    alpha: float | None = 3.0,
+) -> None:
+    add = command.add_argument
+    if images:
+        add(
+            "--images",
+            required=required,
+            metavar="DIR|TAR",
+            help="folder of pictures, or WebDataset tar",
+        )
+    add(
+        "--teacher",
+        required=required,
+        default=None if required else "efficientnet-lite0",
+        metavar="NAME",
+        help="timm/NAME, torchvision/NAME, pytorchcv/NAME, efficientnet-lite0, or FILE.py:FUNCTION "
+        "(a function without arguments; that file is run)",
+    )
+    add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
+    known = "" if alpha is not None else "; 3 for supermix, 1 for the others, if left out"
+    add("--alpha", type=float, default=alpha, help=f"of the weights' Dirichlet distribution{known}")
+    add("--size", type=int, metavar="PIXELS", help="side of the mixes; the teacher's own, or 224")
+    add("--mean", type=float, nargs="+", help="of each channel in 0..1, instead of the teacher's")
+    add("--std", type=float, nargs="+", help="with --mean")
+    add("--device", help="cpu, cuda, ...; a GPU, if there is one")
+
+
+def search_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    methods = get_args(get_type_hints(SolverSettings)["method"])
+    add("--method", choices=methods, default="fast", help="how masks are searched for")
+    add(
+        "--partners",
+        choices=("random", "matched"),
+        default="random",
+        help="matched: pictures that the teacher's class maps say mix well",
+    )
+    add(
+        "--mask-size",
+        type=int,
+        metavar="CELLS",
+        help="a side; 16, or 8 for small pictures and the paper's methods, if left out",
+    )
+
+
+def output_options(command: argparse.ArgumentParser, out: str | None) -> None:
+    add = command.add_argument
+    add("--out", required=out is None, default=out, metavar="DIR", help="made if it is not there")
+    add("--seed", type=int, default=0, help="of all random choices")
+    json_option(command)
+
+
+def json_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Lines of the example stay as they are; defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
