@@ -25,8 +25,8 @@ import webdataset as wds
 from torchvision.transforms import v2
 
 from supermix_transforms import MixLoader, SuperMix, TeacherLabeler
+from supermix_transforms.indexing import index_shards
 from supermix_transforms.models import load_teacher
-from supermix_transforms.shards import index_shards
 
 
 def shards_of(epoch: int, shards: list[str], seed: int) -> list[str]:

@@ -8,7 +8,8 @@ from supermix_transforms.masks import mix_images
 from supermix_transforms.mixing import supermix
 from supermix_transforms.replaying import replay
 from supermix_transforms.results import ClassMaps, Mixed, Outcome, TeacherLabels
-from supermix_transforms.shards import ShardDataset, ShardSampler
+from supermix_transforms.sampling import ShardSampler
+from supermix_transforms.shards import ShardDataset
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix

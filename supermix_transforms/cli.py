@@ -26,9 +26,10 @@ from supermix_transforms.environment import environment
 from supermix_transforms.generatecommand import (
     GENERATE_EXAMPLE,
     generate_options,
+    print_generated,
     run_generate,
 )
-from supermix_transforms.generation import print_generated
+from supermix_transforms.indexing import IndexSummary, index_shards, print_index
 from supermix_transforms.inspection import (
     Inspection,
     ReplaySummary,
@@ -39,6 +40,7 @@ from supermix_transforms.inspection import (
 )
 from supermix_transforms.models import load_teacher
 from supermix_transforms.options import (
+    Commands,
     add_command,
     json_option,
     output_options,
@@ -47,12 +49,7 @@ from supermix_transforms.options import (
 )
 from supermix_transforms.pictures import PictureFiles
 from supermix_transforms.report import report
-from supermix_transforms.shards import (
-    IndexSummary,
-    ShardDataset,
-    index_shards,
-    print_index,
-)
+from supermix_transforms.shards import ShardDataset
 from supermix_transforms.solver import SolverSettings
 
 EPILOG = """\
@@ -65,40 +62,6 @@ completion, for bash; for other shells likewise:
 
 exit codes: 0 done; 1 inspect found something wrong; 2 an error, which is named; 130 interrupted;
 143 terminated"""
-DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
-MIX_EXAMPLE = """\
-example:
-  supermix mix --images photos/ --teacher timm/resnet50.a1_in1k --k 2 3 --count 64 --out mixes/
-
-The folder gets the mixed pictures (k2-00000.png, ...), labels.json and contact-sheet.png.
-A folder of pictures is read in a shuffled order, a tar in its own."""
-BENCH_EXAMPLE = """\
-example:
-  supermix bench --images photos/ --teacher timm/resnet50.a1_in1k --methods fast paper --count 100
-
-Without --images and --teacher it takes the demo's. --out gets bench.json and bench.png."""
-
-INDEX_EXAMPLE = """\
-example:
-  supermix index --shards 'imagenet/train-{0000..1281}.tar'
-
-Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use."""
-
-REPLAY_EXAMPLE = """\
-example:
-  supermix replay recipes/ --shards 'imagenet/train-{0000..1281}.tar' --count 16 --out seen/
-
-To train on all mixes: supermix_transforms.replay in a DataLoader."""
-REPORT_EXAMPLE = """\
-example:
-  supermix report run/
-
-One HTML page, report.html in that folder, of what demo, mix, replay, generate or distill made."""
-INSPECT_EXAMPLE = """\
-example:
-  supermix inspect recipes/ --verify
-
-Exit code 1 if something is wrong or not finished."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,8 +94,115 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="supermix",
+        description="Mix images under a teacher's supervision (SuperMix).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action=_Version, help="for a bug report: versions, system, GPU"
+    )
+    shtab.add_argument_to(parser)  # --print-completion
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_demo,
+        _add_mix,
+        _add_bench,
+        _add_index,
+        _add_generate,
+        _add_replay,
+        _add_report,
+        _add_distill,
+        _add_inspect,
+    ):
+        add(commands)
+    for command in commands.choices.values():
+        _complete_paths(command)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints all versions and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for name, value in environment().items():
+            print(f"{name:20} {value}")
+        parser.exit()
+
+
+def _complete_paths(command: argparse.ArgumentParser) -> None:
+    """Tell shtab which options are files or folders: their placeholders do."""
+    for action in command._actions:
+        placeholder = str(action.metavar)
+        if "TAR" in placeholder or "FILE" in placeholder:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif placeholder in ("DIR", "RUN"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises inside, so that files are closed and workers ended."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+DEMO_EXAMPLE = "example:\n  supermix demo --out supermix-demo"
+
+
+def _add_demo(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "demo",
+        "mix pictures inside packages with a teacher inside a package; no download",
+        DEMO_EXAMPLE,
+    )
+    command.set_defaults(run=_demo, show=print_summary)
+    output_options(command, out="supermix-demo")
+
+
 def _demo(arguments: argparse.Namespace) -> MixSummary:
     return demo(arguments.out, seed=arguments.seed)
+
+
+MIX_EXAMPLE = """\
+example:
+  supermix mix --images photos/ --teacher timm/resnet50.a1_in1k --k 2 3 --count 64 --out mixes/
+
+The folder gets the mixed pictures (k2-00000.png, ...), labels.json and contact-sheet.png.
+A folder of pictures is read in a shuffled order, a tar in its own."""
+
+
+def _add_mix(commands: Commands) -> None:
+    command = add_command(
+        commands, "mix", "mix your own pictures with your own teacher", MIX_EXAMPLE
+    )
+    command.set_defaults(run=_mix, show=print_summary)
+    teacher_options(command, required=True)
+    add = command.add_argument
+    add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
+    search_options(command)
+    add("--count", type=int, help="mixes for each k; one for each picture, if left out")
+    add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
+    output_options(command, out=None)
 
 
 def _mix(arguments: argparse.Namespace) -> MixSummary:
@@ -160,6 +230,32 @@ def _mix(arguments: argparse.Namespace) -> MixSummary:
     )
 
 
+BENCH_EXAMPLE = """\
+example:
+  supermix bench --images photos/ --teacher timm/resnet50.a1_in1k --methods fast paper --count 100
+
+Without --images and --teacher it takes the demo's. --out gets bench.json and bench.png."""
+
+
+def _add_bench(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "bench",
+        "compare methods of mixing: how many mixes converge, and what one costs",
+        BENCH_EXAMPLE,
+    )
+    command.set_defaults(run=_bench, show=print_report)
+    teacher_options(command, required=False)
+    add = command.add_argument
+    add("--k", type=int, default=2, help="pictures a mix")
+    add("--methods", nargs="+", default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    add("--count", type=int, default=30, help="tuples, made up to whole batches")
+    add("--slow-count", type=int, default=10, help="the same for methods that search long")
+    add("--batch-size", type=int, default=10, help="tuples at most that are mixed at a time")
+    add("--repeats", type=int, default=3, help="how often each method is timed")
+    output_options(command, out="supermix-bench")
+
+
 def _bench(arguments: argparse.Namespace) -> BenchReport:
     teacher = load_teacher(arguments.teacher, weights=arguments.weights)
     size = arguments.size or teacher.size or 224
@@ -185,111 +281,14 @@ def _bench(arguments: argparse.Namespace) -> BenchReport:
     )
 
 
-def _index(arguments: argparse.Namespace) -> IndexSummary:
-    return index_shards(arguments.shards)
+INDEX_EXAMPLE = """\
+example:
+  supermix index --shards 'imagenet/train-{0000..1281}.tar'
+
+Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use."""
 
 
-class _Version(argparse.Action):
-    """Prints all versions and ends."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        for name, value in environment().items():
-            print(f"{name:20} {value}")
-        parser.exit()
-
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises inside, so that files are closed and workers ended."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _replay(arguments: argparse.Namespace) -> ReplaySummary:
-    dataset = ShardDataset(arguments.shards, cache_dir=arguments.cache_dir)
-    return replay_pictures(arguments.folder, dataset, arguments.out, count=arguments.count)
-
-
-@dataclass(frozen=True)
-class ReportSummary:
-    """Where the page is."""
-
-    report: str
-
-
-def _report(arguments: argparse.Namespace) -> ReportSummary:
-    return ReportSummary(str(report(arguments.run_folder, arguments.out)))
-
-
-def _inspect(arguments: argparse.Namespace) -> Inspection:
-    return inspect_mixes(arguments.folder, verify=arguments.verify)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="supermix",
-        description="Mix images under a teacher's supervision (SuperMix).",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--version", action=_Version, help="for a bug report: versions, system, GPU"
-    )
-    shtab.add_argument_to(parser)  # --print-completion
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    command = add_command(
-        commands,
-        "demo",
-        "mix pictures inside packages with a teacher inside a package; no download",
-        DEMO_EXAMPLE,
-    )
-    command.set_defaults(run=_demo, show=print_summary)
-    output_options(command, out="supermix-demo")
-
-    command = add_command(
-        commands, "mix", "mix your own pictures with your own teacher", MIX_EXAMPLE
-    )
-    command.set_defaults(run=_mix, show=print_summary)
-    teacher_options(command, required=True)
-    add = command.add_argument
-    add("--k", type=int, nargs="+", help="pictures a mix, 2 if left out; several are done in turn")
-    search_options(command)
-    add("--count", type=int, help="mixes for each k; one for each picture, if left out")
-    add("--batch-size", type=int, default=32, help="pictures at a time; partners come from these")
-    output_options(command, out=None)
-
-    command = add_command(
-        commands,
-        "bench",
-        "compare methods of mixing: how many mixes converge, and what one costs",
-        BENCH_EXAMPLE,
-    )
-    command.set_defaults(run=_bench, show=print_report)
-    teacher_options(command, required=False)
-    add = command.add_argument
-    add("--k", type=int, default=2, help="pictures a mix")
-    add("--methods", nargs="+", default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
-    add("--count", type=int, default=30, help="tuples, made up to whole batches")
-    add("--slow-count", type=int, default=10, help="the same for methods that search long")
-    add("--batch-size", type=int, default=10, help="tuples at most that are mixed at a time")
-    add("--repeats", type=int, default=3, help="how often each method is timed")
-    output_options(command, out="supermix-bench")
-
+def _add_index(commands: Commands) -> None:
     command = add_command(
         commands, "index", "note where each sample of WebDataset tars lies", INDEX_EXAMPLE
     )
@@ -303,6 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     json_option(command)
 
+
+def _index(arguments: argparse.Namespace) -> IndexSummary:
+    return index_shards(arguments.shards)
+
+
+def _add_generate(commands: Commands) -> None:
     command = add_command(
         commands,
         "generate",
@@ -312,6 +317,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_generate, show=print_generated)
     generate_options(command)
 
+
+REPLAY_EXAMPLE = """\
+example:
+  supermix replay recipes/ --shards 'imagenet/train-{0000..1281}.tar' --count 16 --out seen/
+
+To train on all mixes: supermix_transforms.replay in a DataLoader."""
+
+
+def _add_replay(commands: Commands) -> None:
     command = add_command(
         commands, "replay", "make mixes of recipes again, to look at them", REPLAY_EXAMPLE
     )
@@ -324,12 +338,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, metavar="DIR", help="made if it is not there")
     json_option(command)
 
+
+def _replay(arguments: argparse.Namespace) -> ReplaySummary:
+    dataset = ShardDataset(arguments.shards, cache_dir=arguments.cache_dir)
+    return replay_pictures(arguments.folder, dataset, arguments.out, count=arguments.count)
+
+
+REPORT_EXAMPLE = """\
+example:
+  supermix report run/
+
+One HTML page, report.html in that folder, of what demo, mix, replay, generate or distill made."""
+
+
+def _add_report(commands: Commands) -> None:
     command = add_command(commands, "report", "one HTML page of a run", REPORT_EXAMPLE)
     command.set_defaults(run=_report, show=lambda summary: print(summary.report))
     command.add_argument("run_folder", metavar="RUN", help="its folder")
     command.add_argument("--out", metavar="FILE", help="the page; RUN/report.html, if left out")
     json_option(command)
 
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """Where the page is."""
+
+    report: str
+
+
+def _report(arguments: argparse.Namespace) -> ReportSummary:
+    return ReportSummary(str(report(arguments.run_folder, arguments.out)))
+
+
+def _add_distill(commands: Commands) -> None:
     command = add_command(
         commands, "distill", "train a student on originals and mixes", DISTILL_EXAMPLE
     )
@@ -337,6 +378,15 @@ def _parser() -> argparse.ArgumentParser:
     distill_options(command)
     output_options(command, out=None)
 
+
+INSPECT_EXAMPLE = """\
+example:
+  supermix inspect recipes/ --verify
+
+Exit code 1 if something is wrong or not finished."""
+
+
+def _add_inspect(commands: Commands) -> None:
     command = add_command(
         commands, "inspect", "say what is in a folder that generate wrote", INSPECT_EXAMPLE
     )
@@ -344,19 +394,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="DIR")
     command.add_argument("--verify", action="store_true", help="read and check every byte")
     json_option(command)
-    for command in commands.choices.values():
-        _complete_paths(command)
-    return parser
 
 
-def _complete_paths(command: argparse.ArgumentParser) -> None:
-    """Tell shtab which options are files or folders: their placeholders do."""
-    for action in command._actions:
-        placeholder = str(action.metavar)
-        if "TAR" in placeholder or "FILE" in placeholder:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif placeholder in ("DIR", "RUN"):
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+def _inspect(arguments: argparse.Namespace) -> Inspection:
+    return inspect_mixes(arguments.folder, verify=arguments.verify)
 
 
 if __name__ == "__main__":

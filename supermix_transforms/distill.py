@@ -13,27 +13,23 @@ it goes on with the very next batch.
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from supermix_transforms.batch import MixBatch
 from supermix_transforms.checkpoints import Checkpoint, Progress
+from supermix_transforms.distillsettings import MODERN, PAPER, DistillSettings
+from supermix_transforms.evaluation import evaluate
 from supermix_transforms.files import write_atomically
 from supermix_transforms.hints import HintLoss
-from supermix_transforms.losses import (
-    cross_entropy,
-    kd_loss,
-    supermix_kd_loss,
-    supermix_loss,
-)
 from supermix_transforms.results import TeacherLabels
+from supermix_transforms.studentloss import Pictured, batch_loss
 
 __all__ = [
     "MODERN",
@@ -45,77 +41,6 @@ __all__ = [
     "make_accelerator",
     "print_distilled",
 ]
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How a student is trained.
-
-    Raises:
-        ValueError: for values out of range.
-    """
-
-    epochs: int = 600  # of the loader
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 5.0  # but at most a tenth of all
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of all steps; lr times `gamma`
-    gamma: float = 0.1
-    learn: Literal["both", "originals"] = "both"  # of batches that hold mixes
-    labels: Literal["data", "teacher"] = "data"  # of originals; "teacher": its classes, as of mixes
-    kd: Literal["none", "originals", "both"] = "none"  # where Eq. 8 stands for the cross-entropy
-    kd_weight: float = 0.1  # lambda_KD
-    temperature: float = 4.0  # tau, relative to that of the batch's labels
-    ema: float = 0.0  # decay of averaged weights, less at first, which are evaluated then; 0: none
-    label_smoothing: float = 0.0  # of the originals' labels
-    save_steps: int = 1000  # between two checkpoints; one follows every epoch as well
-    seed: int = 0  # of dropout and the like
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "save_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}.")
-        for name, most in (
-            ("lr", math.inf),
-            ("momentum", 1),
-            ("weight_decay", math.inf),
-            ("warmup_epochs", math.inf),
-            ("gamma", 1),
-            ("kd_weight", 1),
-            ("ema", 1),
-            ("label_smoothing", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
-                raise ValueError(f"{name}: expected a number in 0..{most}, got {value!r}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}.")
-        if self.schedule not in ("step", "cosine"):
-            raise ValueError(f'schedule: expected "step" or "cosine", got {self.schedule!r}.')
-        if self.learn not in ("both", "originals"):
-            raise ValueError(f'learn: expected "both" or "originals", got {self.learn!r}.')
-        if self.labels not in ("data", "teacher"):
-            raise ValueError(f'labels: expected "data" or "teacher", got {self.labels!r}.')
-        if self.kd not in ("none", "originals", "both"):
-            raise ValueError(f'kd: expected "none", "originals" or "both", got {self.kd!r}.')
-
-    def rate(self, step: int, steps: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step of all `steps`."""
-        warmup = min(self.warmup_epochs * steps_per_epoch, steps / 10)
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        if self.schedule == "cosine":
-            done = (step - warmup) / max(1.0, steps - warmup)
-            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.lr * self.gamma ** sum(step >= place * steps for place in self.milestones)
-
-
-PAPER = DistillSettings()  # section 4.1, for CIFAR-100 and 50,000 pictures an epoch
-MODERN = DistillSettings(epochs=300, nesterov=True, schedule="cosine", ema=0.9998)
 
 
 @dataclass(frozen=True)
@@ -185,7 +110,7 @@ def distill(
             other settings or another student, and a loss that is not finite.
     """
     accelerator = make_accelerator(settings) if accelerator is None else accelerator
-    network = _Pictured(student, mean, std, hints)
+    network = Pictured(student, mean, std, hints)
     optimiser = torch.optim.SGD(
         network.parameters(),
         settings.lr,
@@ -194,7 +119,7 @@ def distill(
         nesterov=settings.nesterov,
     )
     # the average would else be of what is trained beside the student, and hold the teacher twice
-    judged = network if hints is None else _Pictured(student, mean, std)
+    judged = network if hints is None else Pictured(student, mean, std)
     average = _average(judged, settings)
     model, optimiser, train = accelerator.prepare(network, optimiser, train)
     validation = None if validation is None else accelerator.prepare(validation)
@@ -228,7 +153,7 @@ def distill(
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate(progress.step, steps, steps_per_epoch)
             with accelerator.accumulate(model):
-                loss, samples = _loss(model, batch, settings, teacher, hints is not None)
+                loss, samples = batch_loss(model, batch, settings, teacher, hints is not None)
                 accelerator.backward(loss)
                 optimiser.step()
                 optimiser.zero_grad()
@@ -277,120 +202,7 @@ def distill(
     return summary
 
 
-# -- a step ----------------------------------------------------------------------------------------
-
-
-class _Pictured(nn.Module):
-    """A network that takes pictures as data sets give them, with what is trained beside it."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        hints: HintLoss | None = None,
-    ) -> None:
-        super().__init__()
-        if (mean is None) != (std is None):
-            raise ValueError(f"expected mean and std together, got mean={mean} and std={std}.")
-        # the faster layout of convolutions, on CPUs (1.6 times) as on GPUs
-        self.network = network.to(memory_format=torch.channels_last)
-        self.hints = hints
-        self._mean = None if mean is None else torch.tensor(mean)[:, None, None]
-        self._std = None if std is None else torch.tensor(std)[:, None, None]
-
-    def forward(self, images: Tensor, hinted: tuple[int, Tensor | None] | None = None) -> Any:
-        """Logits; with `hinted`, how many originals there are and their places, a loss as well."""
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        if self._mean is not None and self._std is not None:
-            images = (images - self._mean.to(images.device)) / self._std.to(images.device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        if hinted is None or self.hints is None:
-            return self._logits(images)
-        count, places = hinted
-        with self.hints.watching(self.network) as seen:
-            logits = self._logits(images)
-        # in one forward, so that DistributedDataParallel sees all that is trained
-        return logits, self.hints(seen, images[:count], places)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        answer = self.network(images)
-        logits: Tensor = getattr(answer, "logits", answer)
-        return logits
-
-
-def _loss(
-    model: nn.Module,
-    batch: Any,
-    settings: DistillSettings,
-    teacher: Callable[[Tensor], TeacherLabels] | None = None,
-    hinted: bool = False,
-) -> tuple[Tensor, int]:
-    """The loss of a batch, and how many pictures the student was given."""
-    images, labels, known = _originals(batch, settings, teacher)
-    mixes = settings.learn == "both" and isinstance(batch, MixBatch) and batch.is_mixed
-    pictures = torch.cat([images, batch.mixed]) if mixes else images
-    # one forward: one batch's statistics
-    every = model(pictures, (len(images), _places(batch))) if hinted else model(pictures)
-    every, hint = every if hinted else (every, 0.0)
-    logits, mixed_logits = every.split([len(images), len(pictures) - len(images)])
-    kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
-    if settings.kd == "none":
-        if mixes:
-            loss = supermix_loss(logits, labels, mixed_logits, batch.targets)
-        else:
-            loss = cross_entropy(logits, labels, settings.label_smoothing)
-        return loss + hint, len(pictures)
-    assert known is not None
-    soft = known.softened(settings.temperature)
-    if not mixes:
-        return kd_loss(logits, soft, labels, **kd) + hint, len(pictures)
-    mixed_soft = None
-    if settings.kd == "both":
-        if batch.mixed_teacher is None:
-            raise ValueError(
-                'kd="both": expected the teacher\'s labels of the mixes, got none. Pass a teacher '
-                'where the batches are made, or kd="originals".'
-            )
-        mixed_soft = batch.mixed_teacher.softened(settings.temperature)
-    loss = supermix_kd_loss(logits, labels, soft, mixed_logits, batch.targets, mixed_soft, **kd)
-    return loss + hint, len(pictures)
-
-
-def _places(batch: Any) -> Tensor | None:
-    """The third of ``(images, labels, places)``; of replayed mixes, the places of their own."""
-    if not isinstance(batch, MixBatch):
-        return batch[2] if len(batch) > 2 else None
-    sources = batch.extra.get("sources")
-    return batch.extra.get(2) if sources is None else sources[:, 0]
-
-
-def _originals(
-    batch: Any, settings: DistillSettings, teacher: Callable[[Tensor], TeacherLabels] | None
-) -> tuple[Tensor, Tensor, TeacherLabels | None]:
-    """Pictures, their labels, and, where the settings want them, the teacher's."""
-    mixes = isinstance(batch, MixBatch)
-    images, labels = (batch.images, batch.labels) if mixes else (batch[0], batch[1])
-    known = batch.teacher if mixes else None
-    wanted = settings.kd != "none" or settings.labels == "teacher"
-    if wanted and known is None:
-        if teacher is None:
-            raise ValueError(
-                f"distill: kd={settings.kd!r} and labels={settings.labels!r} need the teacher's "
-                "labels of the originals, and there are none. Pass teacher=, or a teacher where "
-                "the batches are made."
-            )
-        known = teacher(images)
-    if settings.labels == "teacher":
-        assert known is not None
-        labels = known.hard
-    if labels is None:
-        raise ValueError(
-            "distill: expected labels of the originals, got none. Pass labels_getter= where the "
-            'batches are made, or labels="teacher".'
-        )
-    return images, labels, known
+# -- parts of the loop ----------------------------------------------------------------------------
 
 
 def _calls(batch: Any) -> float:
@@ -456,55 +268,6 @@ def make_accelerator(settings: DistillSettings, **options: Any) -> Any:
         told = {name: str(value) for name, value in asdict(settings).items()}
         accelerator.init_trackers("supermix", told)
     return accelerator
-
-
-# -- validation ------------------------------------------------------------------------------------
-
-
-def evaluate(
-    student: nn.Module,
-    validation: Any,
-    accelerator: Any,
-    teacher: Callable[[Tensor], TeacherLabels] | None = None,
-    labels: Literal["data", "teacher"] = "data",
-) -> dict[str, float]:
-    """top1, top5, ece and agreement, in 0..1, over all processes.
-
-    Args:
-        student: images -> logits (B, N).
-        validation: a prepared DataLoader of ``(images, labels)``.
-        accelerator: which prepared it.
-        teacher: whose classes the student's are compared with.
-        labels: "teacher": its classes stand for the labels.
-    """
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-    )
-
-    training = student.training
-    student.eval()
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    with torch.no_grad():
-        for images, targets, *_ in validation:
-            each = {"probs": student(images).float().softmax(dim=1), "labels": targets}
-            if teacher is not None:
-                each["classes"] = teacher(images).hard
-            for name, value in accelerator.gather_for_metrics(each).items():
-                seen[name].append(value.cpu())
-    student.train(training)
-    every = {name: torch.cat(values) for name, values in seen.items()}
-    probs, truth = every["probs"], every["classes" if labels == "teacher" else "labels"]
-    classes = probs.shape[1]
-    micro: dict[str, Any] = {"num_classes": classes, "average": "micro"}
-    found = {
-        "top1": multiclass_accuracy(probs, truth, **micro),
-        "top5": multiclass_accuracy(probs, truth, top_k=min(5, classes), **micro),
-        "ece": multiclass_calibration_error(probs, truth, num_classes=classes),
-    }
-    if "classes" in every:
-        found["agreement"] = multiclass_accuracy(probs, every["classes"], **micro)
-    return {name: float(value) for name, value in found.items()}
 
 
 # -- what is kept ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from supermix_transforms.shards import ShardDataset
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.views import VIEWS
 
-__all__ = ["GENERATE_EXAMPLE", "generate_options", "run_generate"]
+__all__ = ["GENERATE_EXAMPLE", "generate_options", "print_generated", "run_generate"]
 
 GENERATE_EXAMPLE = """\
 examples:
@@ -100,3 +100,37 @@ def run_generate(arguments: argparse.Namespace) -> GenerateSummary:
         )
     finally:
         state.destroy_process_group()
+
+
+def print_generated(summary: GenerateSummary) -> None:
+    """What is there and what is left, on standard output."""
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    console = Console(highlight=False)
+    converged = summary.converged / max(1, summary.mixes)
+    what = f"{summary.mixes:,} mixes ({summary.form}) in {summary.finished:,} of {summary.units:,}"
+    console.print(f"{what} units, {decimal(summary.bytes)}, in {summary.out}", soft_wrap=True)
+    if summary.mixes > 0:
+        each = summary.bytes / summary.mixes
+        console.print(f"converged {converged:.1%}, {each:,.0f} bytes a mix")
+    if summary.made > 0:
+        rate, waiting = summary.made / summary.seconds, summary.waiting / summary.seconds
+        console.print(
+            f"{rate:.1f} mixes a second by this process, {waiting:.0%} of the time spent waiting "
+            "for pictures"
+        )
+    if summary.skipped:
+        console.print(f"{summary.skipped:,} pictures could not be read and were skipped")
+    if summary.left_mixes > 0:
+        console.print(
+            f"left: {summary.left_mixes:,} mixes in {summary.units - summary.finished:,} units, "
+            f"about {decimal(summary.left_bytes)} and {_duration(summary.left_hours)} on "
+            f"{summary.processes} process{'es' if summary.processes > 1 else ''} like this one"
+        )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.0f} seconds"

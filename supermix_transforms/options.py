@@ -1,15 +1,24 @@
 """Options that several commands share, and how their help looks."""
 
 import argparse
-from typing import get_args, get_type_hints
+from typing import TypeAlias, get_args, get_type_hints
 
 from supermix_transforms.solver import SolverSettings
 
-__all__ = ["add_command", "json_option", "output_options", "search_options", "teacher_options"]
+__all__ = [
+    "Commands",
+    "add_command",
+    "json_option",
+    "output_options",
+    "search_options",
+    "teacher_options",
+]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: Commands,
     name: str,
     summary: str,
     example: str,

@@ -9,18 +9,16 @@ comes after is torch's and Accelerate's own: batches, ranks, resuming. Nothing b
 its label is decoded, so no pickle in a shard is ever opened.
 """
 
-import itertools
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from supermix_transforms.cache import cached_path, fetch, published_index
 from supermix_transforms.pictures import read_picture
@@ -30,16 +28,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "IndexSummary",
     "Labels",
     "ShardDataset",
-    "ShardSampler",
-    "ShardSummary",
     "UnreadableError",
     "check_some",
     "find_shards",
-    "index_shards",
-    "print_index",
 ]
 
 LABELS = ("cls", "txt", "json")
@@ -308,83 +301,6 @@ def check_some(samples: Sequence[Any], asked: int) -> None:
         )
 
 
-class HasLengths(Protocol):
-    """A data set in parts, of these lengths: a `ShardDataset`, or what `replay` returns."""
-
-    lengths: list[int]
-
-
-class ShardSampler(Sampler[int]):
-    """One order of all samples for each epoch, in which neighbours lie in few shards.
-
-    Shards, or groups of recipes, are permuted, and samples are shuffled among `window` of them at a
-    time, so that reads stay local. The order depends on (seed, epoch) alone. Accelerate splits it
-    among ranks and calls `set_epoch`; without Accelerate, `rank` and `num_replicas` do as in
-    torch's ``DistributedSampler``: rank r takes the samples r, r + num_replicas, ... of the order,
-    and the first ones come once more where it does not come out even.
-
-    Args:
-        dataset: the samples.
-        seed: of the order.
-        window: shards that are shuffled together; with 0 the shards are shuffled and each keeps
-            the order of its samples, which is what `replay` wants.
-        shuffle: without it samples come in the order of the shards.
-        rank, num_replicas: of plain distributed training; both or none.
-
-    Raises:
-        ValueError: for values out of range.
-    """
-
-    def __init__(
-        self,
-        dataset: HasLengths,
-        *,
-        seed: int = 0,
-        window: int = 16,
-        shuffle: bool = True,
-        rank: int | None = None,
-        num_replicas: int | None = None,
-    ) -> None:
-        if window < 0:
-            raise ValueError(f"window: expected at least 0 shards, got {window}.")
-        if (rank is None) != (num_replicas is None):
-            raise ValueError(
-                f"rank, num_replicas: expected both or none, got {rank} and {num_replicas}."
-            )
-        if rank is not None and num_replicas is not None and not 0 <= rank < num_replicas:
-            raise ValueError(f"rank: expected 0..{num_replicas - 1}, got {rank}.")
-        self.lengths: list[int] = dataset.lengths
-        self.seed = seed
-        self.window = window
-        self.shuffle = shuffle
-        self.rank: int = rank or 0
-        self.num_replicas: int = num_replicas or 1
-        self.epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-sum(self.lengths) // self.num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        total = len(self) * self.num_replicas
-        order = itertools.islice(itertools.cycle(self._order()), total) if total else iter(())
-        return itertools.islice(order, self.rank, None, self.num_replicas)
-
-    def _order(self) -> Iterator[int]:
-        if not self.shuffle:
-            yield from range(sum(self.lengths))
-            return
-        random = np.random.default_rng([self.seed, self.epoch])
-        starts = np.cumsum([0, *self.lengths])
-        shards = random.permutation(len(self.lengths))
-        for first in range(0, len(shards), self.window or 1):
-            some = shards[first : first + (self.window or 1)]
-            samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in some])
-            yield from (random.permutation(samples) if self.window else samples).tolist()
-
-
 def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path | str]:
     """The tars that a path, a brace pattern, a folder, or a list of these stands for.
 
@@ -412,101 +328,3 @@ def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path | str]:
         twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
         raise ValueError(f"shards: expected each tar once, got {str(twice)!r} twice.")
     return shards
-
-
-# -- indexing ahead of time ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShardSummary:
-    """What a shard holds."""
-
-    shard: str
-    bytes: int
-    samples: int
-    members: dict[str, int]  # samples that have a member of this suffix
-    doubles: int  # samples whose key was there before, or that have a suffix twice
-    sha256: str
-
-
-@dataclass(frozen=True)
-class IndexSummary:
-    """What `index_shards` found."""
-
-    shards: tuple[ShardSummary, ...]
-    samples: int
-    bytes: int
-
-
-def index_shards(urls: str | Path | Sequence[str | Path]) -> IndexSummary:
-    """Write the index of each shard beside it, where it is not there yet or not up to date.
-
-    Every shard that needs one is read from its first to its last byte; progress is shown on a
-    terminal.
-
-    Args:
-        urls: as for `ShardDataset`.
-
-    Raises:
-        ValueError: for shards that are not there or not whole.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    shards: list[Path] = []
-    for shard in find_shards(urls):
-        if not isinstance(shard, Path):
-            raise ValueError(f"shards: expected files, got {shard!r}. Index them where they are.")
-        shards.append(shard)
-    sizes = [shard.stat().st_size if shard.exists() else 0 for shard in shards]
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    rows = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(sizes))
-        for shard, size in zip(shards, sizes, strict=True):
-            progress.update(task, description=shard.name)
-            index = load_index(shard)
-            members = {suffix: int((at[:, 0] >= 0).sum()) for suffix, at in index.places.items()}
-            rows.append(
-                ShardSummary(
-                    str(shard), index.size, len(index), members, len(index.doubles), index.sha256
-                )
-            )
-            progress.advance(task, size)
-    return IndexSummary(
-        tuple(rows), sum(row.samples for row in rows), sum(row.bytes for row in rows)
-    )
-
-
-def print_index(summary: IndexSummary) -> None:
-    """A line for each shard on standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    table.add_column("shard", f"{len(summary.shards)} shards", overflow="fold")
-    table.add_column("samples", f"{summary.samples:,}", justify="right")
-    table.add_column("size", decimal(summary.bytes), justify="right")
-    table.add_column("members")
-    table.add_column("doubles", justify="right")
-    for row in summary.shards:
-        members = ", ".join(f"{suffix} {count:,}" for suffix, count in row.members.items())
-        size = decimal(row.bytes)
-        table.add_row(row.shard, f"{row.samples:,}", size, members, str(row.doubles or ""))
-    Console().print(table)

@@ -23,7 +23,8 @@ from supermix_transforms.picturesets import (
     open_torchvision,
 )
 from supermix_transforms.replaying import replay
-from supermix_transforms.shards import ShardDataset, ShardSampler
+from supermix_transforms.sampling import ShardSampler
+from supermix_transforms.shards import ShardDataset
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.views import ViewDraws
 

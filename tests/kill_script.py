@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, generate, generation
 from supermix_transforms.ledger import Ledger
+from supermix_transforms.writing import Run
 
 RANKS = 2
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
@@ -33,7 +34,7 @@ def work(teacher, shards: Path, out: Path, rank: int, ranks: int, log: Path) -> 
     """One process, which writes the names of the units that it begins."""
     state = type("State", (), {"process_index": rank, "num_processes": ranks})
     generation.process_state = state
-    batches = generation._Run._batches
+    batches = Run._batches
 
     def watched(self, wanted):
         for name, some in batches(self, wanted):
@@ -41,7 +42,7 @@ def work(teacher, shards: Path, out: Path, rank: int, ranks: int, log: Path) -> 
                 file.write(f"{name}\n")
             yield name, some
 
-    generation._Run._batches = watched
+    Run._batches = watched
     dataset = ShardDataset(shards, transform=VIEW)
     generate(dataset, teacher, out, batch_size=10, unit_batches=1, seed=5)
 

@@ -12,7 +12,7 @@ from tars import write_colours
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
-from supermix_transforms.generation import print_generated
+from supermix_transforms.generatecommand import print_generated
 from supermix_transforms.inspection import inspect_mixes
 from supermix_transforms.ledger import Ledger
 from supermix_transforms.tarindex import read_members
@@ -287,8 +287,8 @@ def test_a_process_that_ended_before_its_units_is_noticed(dataset, tmp_path, mon
     """The first of two processes, whose other one never came."""
     state = type("State", (), {"process_index": 0, "num_processes": 2})
     monkeypatch.setattr("supermix_transforms.generation.process_state", state)
-    monkeypatch.setattr("supermix_transforms.generation.GRACE_SECONDS", 0.2)
-    monkeypatch.setattr("supermix_transforms.generation.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("supermix_transforms.writing.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("supermix_transforms.writing.POLL_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
         run(dataset, tmp_path)
     assert sorted(Ledger(tmp_path).entries()) == ["000-000000", "000-000002"]

@@ -6,7 +6,7 @@ from colours import NUM_CLASSES, colour_teacher
 from tars import picture, write_colours, write_tar
 
 from supermix_transforms import MixBatch, ShardDataset, SuperMix, TeacherLabeler, generate
-from supermix_transforms.distill import _places
+from supermix_transforms.studentloss import sample_places
 from supermix_transforms.trainingdata import (
     mixed_pictures,
     of_recipes,
@@ -119,7 +119,7 @@ def test_recipes_give_originals_and_mixes(shards, tmp_path):
     assert data.labels().tolist() == [i % 4 for i in range(22)]
     batch = next(iter(data.train))
     assert batch.images.shape == batch.mixed.shape == (5, 3, 16, 16)
-    places = _places(batch)
+    places = sample_places(batch)
     assert torch.equal(data.labels()[places], batch.labels)
     assert not torch.equal(places, batch.extra["index"])  # which mix it is
     data = of_recipes(tmp_path / "recipes", ShardDataset(shards), ShardDataset(shards), **OPTIONS)

@@ -1,0 +1,241 @@
+"""What one process of `generate` does: make its units, and, the first one, wait for the others."""
+
+import contextlib
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from supermix_transforms.files import sha256_of, writing_atomically
+from supermix_transforms.forms import Form, MadeBatch
+from supermix_transforms.inputs import identities
+from supermix_transforms.ledger import Ledger, UnitEntry
+from supermix_transforms.loader import SuperMixCollate
+from supermix_transforms.results import Outcome
+from supermix_transforms.units import Order, Originals, Places
+
+__all__ = ["GenerateSummary", "Run"]
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 60.0  # for a process to begin
+MEASURED = 64  # pictures that a dry run mixes
+
+
+@dataclass(frozen=True)
+class GenerateSummary:
+    """What the folder holds, what this process did, and what is left to do."""
+
+    out: str
+    form: str
+    process: int  # of these, whose summary this is
+    processes: int
+    units: int  # of the whole set
+    finished: int  # of these
+    mixes: int  # in what is finished, as are the next two
+    converged: int
+    bytes: int
+    made: int  # mixes, by this process in this run, as are the next three
+    seconds: float
+    waiting: float  # seconds of these, for pictures
+    skipped: int  # pictures that could not be read
+    bytes_per_mix: float  # of what was made
+    left_mixes: int
+    left_bytes: int  # estimated
+    left_hours: float  # estimated, with all processes as fast as this one
+
+
+class Run:
+    """A process's share: of the units those whose place, divided by the processes, leaves rank."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        order: Order,
+        originals: Originals,
+        mixer: SuperMixCollate,
+        form: Form,
+        *,
+        k: int,
+        num_workers: int,
+        rank: int,
+        processes: int,
+    ) -> None:
+        self._ledger, self._order, self._originals = ledger, order, originals
+        self._mixer, self._form, self._num_workers = mixer, form, num_workers
+        self._rank, self._processes = rank, processes
+        self._k = k
+        self._made = self._bytes = 0
+        self._seconds = self._waiting = 0.0
+
+    def write(self, asked: dict[str, Any], versions: dict[str, str]) -> GenerateSummary:
+        """Make what is not finished."""
+        start = time.perf_counter()
+        with self._ledger.writing(asked, versions, self._rank):
+            finished = self._ledger.entries()
+            mine = set(self._order.names[self._rank :: self._processes])
+            self._ledger.sweep(mine)
+            with _progress(len(self._order), self._rank) as show:
+                show(finished)
+                for unit, batches in self._batches(mine - finished.keys()):
+                    parts, outcomes = zip(*map(self._form.make, batches), strict=True)
+                    with self._ledger.complaining():
+                        self._finish(unit, list(parts), torch.cat(outcomes))
+                    show(self._ledger.entries())
+                self._seconds = time.perf_counter() - start
+                if self._rank == 0:
+                    self._wait_for_others(show)
+                    with self._ledger.complaining():
+                        self._form.finish(self._ledger)
+        return self._summary()
+
+    def measure(self, asked: dict[str, Any]) -> GenerateSummary:
+        """Make a few mixes and write nothing."""
+        if self._ledger.is_begun:
+            self._ledger.compare(asked)
+        unit = next(self._order.units(set(self._order.names[:1])))
+        some = [(unit.epoch, index) for index in unit.batches[0][:MEASURED]]
+        few = some[: self._k]
+        for places in (few, some):  # the first one is slow: libraries are loaded, caches filled
+            start = time.perf_counter()
+            images = default_collate(self._originals.__getitems__(places))
+            self._waiting = time.perf_counter() - start
+            made, outcome = self._form.make(self._mix(images, unit.epoch))
+            file = io.BytesIO()
+            self._form.write(file, unit.name, [made])
+            self._made, self._bytes = len(outcome), len(file.getvalue())
+            self._seconds = time.perf_counter() - start
+        return self._summary()
+
+    def _batches(self, wanted: set[str]) -> Iterator[tuple[str, Iterator[MadeBatch]]]:
+        """Each unit's name and its batches, which have to be used up before the next unit."""
+        loader = DataLoader(
+            self._originals,
+            batch_sampler=Places(self._order, wanted),
+            num_workers=self._num_workers,
+            collate_fn=default_collate,
+        )
+        units = ((unit, batch) for unit in self._order.units(wanted) for batch in unit.batches)
+        pairs = zip(units, self._timed(loader), strict=True)
+        for name, some in itertools.groupby(pairs, key=lambda pair: pair[0][0].name):
+            yield name, (self._mix(images, unit.epoch) for (unit, _), images in some)
+
+    def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; how long they are waited for is counted."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waiting += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _mix(self, batch: dict[str, Any], epoch: int) -> MadeBatch:
+        images, index = batch["image"], batch["index"]
+        self._mixer.set_epoch(epoch)
+        # labels are not asked for: the teacher's are stored
+        result = self._mixer.mix(images, None, identities(images, index.tolist()))
+        return MadeBatch(result, index, batch["crop"], epoch)
+
+    def _finish(self, unit: str, made: list[Any], outcomes: Tensor) -> None:
+        """Write a unit's file, then its line in the manifest."""
+        path = self._ledger.folder / f"{unit}{self._form.suffix}"
+        with writing_atomically(path) as file:
+            self._form.write(file, unit, made)
+        entry = UnitEntry(
+            unit=unit,
+            file=path.name,
+            mixes=len(outcomes),
+            converged=int((outcomes == Outcome.CONVERGED).sum()),
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+        )
+        self._ledger.enter(entry)
+        self._made += entry.mixes
+        self._bytes += entry.bytes
+
+    def _wait_for_others(self, show: Callable[[dict[str, UnitEntry]], None]) -> None:
+        """Until all units are there, or whoever should make one is gone."""
+        names = self._order.names
+        gone = 0.0  # seconds
+        while True:
+            alive = {rank for rank in range(1, self._processes) if self._ledger.is_alive(rank)}
+            entries = self._ledger.entries()  # after that: who is gone has entered all
+            show(entries)
+            missing = {i % self._processes for i, name in enumerate(names) if name not in entries}
+            if not missing:
+                return
+            gone = 0.0 if missing <= alive else gone + POLL_SECONDS
+            if gone > GRACE_SECONDS:
+                raise ValueError(
+                    f"generate: expected processes {sorted(missing - alive)} to finish their "
+                    "units, got none of them at work. What is finished stays; start again to go on."
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _summary(self) -> GenerateSummary:
+        entries = self._ledger.entries()
+        mixes = sum(entry.mixes for entry in entries.values())
+        left = self._order.samples * (len(self._order) - len(entries)) / len(self._order)
+        each = self._bytes / max(1, self._made)
+        pace = self._seconds / max(1, self._made) / self._processes
+        return GenerateSummary(
+            out=str(self._ledger.folder),
+            form=self._form.name,
+            process=self._rank,
+            processes=self._processes,
+            units=len(self._order),
+            finished=len(entries),
+            mixes=mixes,
+            converged=sum(entry.converged for entry in entries.values()),
+            bytes=sum(entry.bytes for entry in entries.values()),
+            made=self._made,
+            seconds=self._seconds,
+            waiting=self._waiting,
+            skipped=self._originals.dataset.skipped,
+            bytes_per_mix=each,
+            left_mixes=round(left),
+            left_bytes=round(left * each),
+            left_hours=left * pace / 3600,
+        )
+
+
+@contextlib.contextmanager
+def _progress(units: int, rank: int) -> Iterator[Callable[[dict[str, UnitEntry]], None]]:
+    """A bar on a terminal, of the first process, over what all have finished."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("units  {task.description}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    quiet = rank > 0 or not console.is_terminal
+    with Progress(*columns, console=console, disable=quiet) as progress:
+        task = progress.add_task("", total=units)
+        start, before = time.perf_counter(), -1
+
+        def show(entries: dict[str, UnitEntry]) -> None:
+            nonlocal before
+            mixes = sum(entry.mixes for entry in entries.values())
+            before = mixes if before < 0 else before
+            rate = (mixes - before) / max(1e-3, time.perf_counter() - start)
+            text = f"{mixes:,} mixes, {rate:.1f} a second"
+            progress.update(task, completed=len(entries), description=text)
+
+        yield show
