@@ -25,7 +25,7 @@ import webdataset as wds
 from torchvision.transforms import v2
 
 from supermix_transforms import MixLoader, SuperMix, TeacherLabeler
-from supermix_transforms.indexing import index_shards
+from supermix_transforms.data.indexing import index_shards
 from supermix_transforms.models import load_teacher
 
 

@@ -11,7 +11,27 @@ from typing import Any
 
 import shtab
 
-from supermix_transforms.bench import METHODS, BenchReport, bench, print_report
+from supermix_transforms.commands.bench import METHODS, BenchReport, bench, print_report
+from supermix_transforms.commands.distill import DISTILL_EXAMPLE, distill_options, run_distill
+from supermix_transforms.commands.environment import environment
+from supermix_transforms.commands.generate import (
+    GENERATE_EXAMPLE,
+    generate_options,
+    print_generated,
+    run_generate,
+)
+from supermix_transforms.commands.options import (
+    Commands,
+    add_command,
+    json_option,
+    output_options,
+    search_options,
+    teacher_options,
+)
+from supermix_transforms.commands.report import report
+from supermix_transforms.data.indexing import IndexSummary, index_shards, print_index
+from supermix_transforms.data.pictures import PictureFiles
+from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.demo import (
     MixSummary,
     demo,
@@ -20,17 +40,8 @@ from supermix_transforms.demo import (
     named_labeler,
     print_summary,
 )
-from supermix_transforms.distill import print_distilled
-from supermix_transforms.distillcommand import DISTILL_EXAMPLE, distill_options, run_distill
-from supermix_transforms.environment import environment
-from supermix_transforms.generatecommand import (
-    GENERATE_EXAMPLE,
-    generate_options,
-    print_generated,
-    run_generate,
-)
-from supermix_transforms.indexing import IndexSummary, index_shards, print_index
-from supermix_transforms.inspection import (
+from supermix_transforms.models import load_teacher
+from supermix_transforms.offline.inspection import (
     Inspection,
     ReplaySummary,
     inspect_mixes,
@@ -38,19 +49,8 @@ from supermix_transforms.inspection import (
     print_replayed,
     replay_pictures,
 )
-from supermix_transforms.models import load_teacher
-from supermix_transforms.options import (
-    Commands,
-    add_command,
-    json_option,
-    output_options,
-    search_options,
-    teacher_options,
-)
-from supermix_transforms.pictures import PictureFiles
-from supermix_transforms.report import report
-from supermix_transforms.shards import ShardDataset
 from supermix_transforms.solver import SolverSettings
+from supermix_transforms.training.distill import print_distilled
 
 EPILOG = """\
 first steps:

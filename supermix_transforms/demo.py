@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from supermix_transforms.data.pictures import png, read_picture, to_tensor
 from supermix_transforms.files import write_atomically
 from supermix_transforms.inputs import identities
 from supermix_transforms.mixing import Draw
 from supermix_transforms.models import NamedTeacher, load_teacher
-from supermix_transforms.pictures import png, read_picture, to_tensor
 from supermix_transforms.plots import Panel, contact_sheet, make_panels, require_matplotlib
 from supermix_transforms.results import Mixed
 from supermix_transforms.solver import SolverSettings

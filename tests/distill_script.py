@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from supermix_transforms import ShardDataset, ShardSampler, replay
-from supermix_transforms.distill import DistillSettings, distill
+from supermix_transforms.training import DistillSettings, distill
 
 
 def student() -> nn.Module:

@@ -15,7 +15,7 @@ from test_generation import SMALL, VIEW
 from torch.utils.data import DataLoader
 
 from supermix_transforms import ShardDataset, ShardSampler, generate, replay
-from supermix_transforms.generation import process_state
+from supermix_transforms.offline.generation import process_state
 
 BATCH, EPOCHS, RESUMED_EPOCH, RESUMED_AT = 4, 2, 1, 2
 

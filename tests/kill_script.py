@@ -22,9 +22,10 @@ import torch
 from real_data import cifar_teacher
 from torchvision.transforms import v2
 
-from supermix_transforms import ShardDataset, generate, generation
-from supermix_transforms.ledger import Ledger
-from supermix_transforms.writing import Run
+from supermix_transforms import ShardDataset, generate
+from supermix_transforms.offline import generation
+from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.writing import Run
 
 RANKS = 2
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])

@@ -9,7 +9,7 @@ import torch
 from colours import pictures
 from PIL import Image
 
-from supermix_transforms.pictures import png
+from supermix_transforms.data.pictures import png
 
 
 def picture(shade: int, kind: str = "PNG", size: tuple[int, int] = (6, 5)) -> bytes:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from picky import picky_net, picky_pictures
 from torch.testing import assert_close
 
-from supermix_transforms.authors import authors_blur, authors_loop
+from supermix_transforms.commands.authors import authors_blur, authors_loop
 from supermix_transforms.results import Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,15 @@ from picky import picky_labeler, picky_pictures
 from PIL import Image
 
 from supermix_transforms import TeacherLabeler
-from supermix_transforms.bench import METHODS, BenchReport, BenchRow, bench, make_row, print_report
-from supermix_transforms.measured import Measured, Sample, wilson
+from supermix_transforms.commands.bench import (
+    METHODS,
+    BenchReport,
+    BenchRow,
+    bench,
+    make_row,
+    print_report,
+)
+from supermix_transforms.commands.measured import Measured, Sample, wilson
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

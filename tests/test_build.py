@@ -63,7 +63,7 @@ def test_the_wheel_works_away_from_the_tree(wheel, tmp_path):
     subprocess.run([*install, "--target", str(tmp_path / "site"), str(wheel)], check=True)
     code = """if True:
         import supermix_transforms, supermix_transforms.cli
-        from supermix_transforms.policies import FILES, load_policy
+        from supermix_transforms.data.policies import FILES, load_policy
         print(supermix_transforms.__file__, load_policy(FILES[0], epochs=1) is not None)
     """
     away = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

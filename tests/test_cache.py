@@ -10,8 +10,9 @@ from tars import samples, write_shards, write_tar
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from supermix_transforms import ShardDataset, cache
-from supermix_transforms.tarindex import index_path, load_index
+from supermix_transforms import ShardDataset
+from supermix_transforms.data import cache
+from supermix_transforms.data.tarindex import index_path, load_index
 
 
 class Server(ThreadingHTTPServer):
@@ -134,7 +135,7 @@ def test_a_full_disk_leaves_nothing(server, copies, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("supermix_transforms.cache.os.fsync", full)
+    monkeypatch.setattr("supermix_transforms.data.cache.os.fsync", full)
     with pytest.raises(ValueError, match="No space left on device"):
         ShardDataset(f"{server.url}/part-0.tar", cache_dir=copies)
     assert files(copies) == []

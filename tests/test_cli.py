@@ -19,10 +19,10 @@ from tars import write_colours, write_shards
 from torchvision.transforms.v2.functional import to_pil_image
 
 from supermix_transforms import __version__
-from supermix_transforms.bench import bench as bench_function
 from supermix_transforms.cli import main
+from supermix_transforms.commands.bench import bench as bench_function
+from supermix_transforms.data.tarindex import index_path
 from supermix_transforms.demo import DEMO_FILES
-from supermix_transforms.tarindex import index_path
 
 ROOT = Path(__file__).parents[1]
 TEACHER = """

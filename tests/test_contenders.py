@@ -8,7 +8,7 @@ import torch
 from picky import picky_labeler, picky_pictures
 
 from supermix_transforms import TeacherLabeler, contenders
-from supermix_transforms.contenders import (
+from supermix_transforms.commands.contenders import (
     AUTHORS,
     METHODS,
     STEPPED,

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
-from supermix_transforms.distill import (
+from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
+from supermix_transforms.training.distill import (
     MODERN,
     PAPER,
     DistillSettings,
@@ -22,9 +23,8 @@ from supermix_transforms.distill import (
     distill,
     evaluate,
 )
-from supermix_transforms.hints import HINTS, HintLoss
-from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
-from supermix_transforms.studentloss import batch_loss as loss_of
+from supermix_transforms.training.hints import HINTS, HintLoss
+from supermix_transforms.training.loss import batch_loss as loss_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = DistillSettings(epochs=3, lr=0.05, warmup_epochs=1, save_steps=2)

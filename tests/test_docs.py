@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from supermix_transforms.pictures import png
+from supermix_transforms.data.pictures import png
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "supermix_transforms"

@@ -17,8 +17,8 @@ from test_generation import COUNT, SMALL, VIEW, contents
 from test_shard_ranks import TESTS, torchrun
 
 from supermix_transforms import ShardDataset, generate, replay
-from supermix_transforms.inspection import inspect_mixes
-from supermix_transforms.ledger import Ledger
+from supermix_transforms.offline.inspection import inspect_mixes
+from supermix_transforms.offline.ledger import Ledger
 
 SCRIPT = TESTS / "generate_script.py"
 pytestmark = [

@@ -12,10 +12,10 @@ from tars import write_colours
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
-from supermix_transforms.generatecommand import print_generated
-from supermix_transforms.inspection import inspect_mixes
-from supermix_transforms.ledger import Ledger
-from supermix_transforms.tarindex import read_members
+from supermix_transforms.commands.generate import print_generated
+from supermix_transforms.data.tarindex import read_members
+from supermix_transforms.offline.inspection import inspect_mixes
+from supermix_transforms.offline.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
@@ -286,9 +286,9 @@ def test_a_transform_that_is_no_view_is_an_error(shards, tmp_path):
 def test_a_process_that_ended_before_its_units_is_noticed(dataset, tmp_path, monkeypatch):
     """The first of two processes, whose other one never came."""
     state = type("State", (), {"process_index": 0, "num_processes": 2})
-    monkeypatch.setattr("supermix_transforms.generation.process_state", state)
-    monkeypatch.setattr("supermix_transforms.writing.GRACE_SECONDS", 0.2)
-    monkeypatch.setattr("supermix_transforms.writing.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("supermix_transforms.offline.generation.process_state", state)
+    monkeypatch.setattr("supermix_transforms.offline.writing.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("supermix_transforms.offline.writing.POLL_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
         run(dataset, tmp_path)
     assert sorted(Ledger(tmp_path).entries()) == ["000-000000", "000-000002"]

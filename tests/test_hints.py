@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from supermix_transforms import hints as module
-from supermix_transforms.hints import HINTS, WEIGHTS, HintLoss
+from supermix_transforms.training.hints import HINTS, WEIGHTS, HintLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = torch.arange(12) % 3  # of 12 training samples

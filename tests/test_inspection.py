@@ -9,8 +9,8 @@ from tars import write_colours
 from test_generation import SMALL, VIEW
 
 from supermix_transforms import ShardDataset, generate
-from supermix_transforms.inspection import inspect_mixes, replay_pictures
-from supermix_transforms.replaying import open_unit
+from supermix_transforms.offline.inspection import inspect_mixes, replay_pictures
+from supermix_transforms.offline.replaying import open_unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 22

@@ -11,8 +11,8 @@ import pytest
 from tars import write_colours
 from test_generation import contents
 
-from supermix_transforms.inspection import inspect_mixes
-from supermix_transforms.ledger import Ledger
+from supermix_transforms.offline.inspection import inspect_mixes
+from supermix_transforms.offline.ledger import Ledger
 
 TESTS = Path(__file__).parent
 KILLS = 50

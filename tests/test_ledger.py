@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from supermix_transforms.ledger import Ledger, UnitEntry, fingerprint
+from supermix_transforms.offline.ledger import Ledger, UnitEntry, fingerprint
 
 SETTINGS = {"k": 2, "shards": [{"name": "a.tar"}]}
 

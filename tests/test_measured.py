@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from supermix_transforms.measured import Measured, Sample, backward_weight, wilson
+from supermix_transforms.commands.measured import Measured, Sample, backward_weight, wilson
 
 
 def search(steps, passed, *, largest) -> Sample:

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from supermix_transforms import ShardDataset, TeacherLabeler, generate
-from supermix_transforms.mixedshards import decoded, encode_pictures
+from supermix_transforms.offline.mixedshards import decoded, encode_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 22

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from supermix_transforms.pictures import PictureFiles
+from supermix_transforms.data.pictures import PictureFiles
 
 
 def save(path, colour=(200, 30, 30), size=(24, 24), **options):

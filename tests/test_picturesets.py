@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, SuperMixCollate, TeacherLabeler
-from supermix_transforms.picturesets import (
+from supermix_transforms.data.picturesets import (
     OtherPictures,
     PictureSet,
     Shown,
@@ -20,7 +20,7 @@ from supermix_transforms.picturesets import (
     open_folder,
     open_torchvision,
 )
-from supermix_transforms.views import ViewDraws
+from supermix_transforms.data.views import ViewDraws
 
 CLASSES = ("blue", "green", "red")
 

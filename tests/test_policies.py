@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from supermix_transforms.policies import FILES, OPERATIONS, POLICIES, Policy, load_policy
-from supermix_transforms.policies import _functional as F
-from supermix_transforms.policies import cutout as cut
+from supermix_transforms.data.policies import FILES, OPERATIONS, POLICIES, Policy, load_policy
+from supermix_transforms.data.policies import _functional as F
+from supermix_transforms.data.policies import cutout as cut
 
 NAMES = (*POLICIES, *FILES)
 

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supermix_transforms.quantised import exact_parts, quantise
-from supermix_transforms.recipes import (
+from supermix_transforms.offline.recipes import (
     FIELDS,
     FILTERS,
     PREFIX,
@@ -25,6 +24,7 @@ from supermix_transforms.recipes import (
     encode,
     picture_digest,
 )
+from supermix_transforms.quantised import exact_parts, quantise
 
 LAYOUT = Layout(3, 5, 40, 4, 20, 12, "a" * 64)
 
@@ -265,7 +265,7 @@ def put(name, place, value):
 def test_values_out_of_range_are_neither_written_nor_read(fields, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         encode(LAYOUT, [changed(**fields)])
-    monkeypatch.setattr("supermix_transforms.recipes._check", lambda *_: None)
+    monkeypatch.setattr("supermix_transforms.offline.recipes._check", lambda *_: None)
     try:
         content = encode(LAYOUT, [changed(**fields)])
     except ValueError:

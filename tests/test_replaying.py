@@ -280,7 +280,7 @@ def test_other_shards_are_an_error(copy, tmp_path):
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_picture_that_can_not_be_read_any_more(usual, shards, monkeypatch, on_error):
-    from supermix_transforms import shards as module
+    from supermix_transforms.data import shards as module
 
     read_picture = module.read_picture
 
@@ -304,7 +304,7 @@ def test_a_picture_that_can_not_be_read_any_more(usual, shards, monkeypatch, on_
 
 
 def test_a_group_of_which_nothing_can_be_read_does_not_end_the_batch(usual, shards, monkeypatch):
-    from supermix_transforms import shards as module
+    from supermix_transforms.data import shards as module
 
     dataset = ShardDataset(shards, on_error="skip")
     mixes = replay(usual.folder, dataset)

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, TeacherLabeler, generate
 from supermix_transforms.cli import main
+from supermix_transforms.commands.report import report
 from supermix_transforms.demo import mix_pictures
-from supermix_transforms.report import report
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }}"
 

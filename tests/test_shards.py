@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, ShardSampler
-from supermix_transforms.shards import find_shards
+from supermix_transforms.data.shards import find_shards
 
 to_image = v2.ToImage()
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supermix_transforms.stored import _box, _by_first_use, _walk, labels_of
+from supermix_transforms.offline.stored import _box, _by_first_use, _walk, labels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

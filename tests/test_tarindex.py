@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import picture, samples, write_tar
 
-from supermix_transforms.tarindex import index_path, load_index, make_index, read_members
+from supermix_transforms.data.tarindex import index_path, load_index, make_index, read_members
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_what_is_no_tar_is_an_error(tmp_path):
 
 def test_an_index_is_read_again_and_equal(shard, monkeypatch):
     first = load_index(shard)
-    monkeypatch.setattr("supermix_transforms.tarindex.make_index", None)
+    monkeypatch.setattr("supermix_transforms.data.tarindex.make_index", None)
     again = load_index(shard)
     for name, value in vars(first).items():
         if name == "places":
@@ -156,6 +156,6 @@ def test_a_full_disk_is_no_error(shard, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("supermix_transforms.tarindex.write_atomically", full)
+    monkeypatch.setattr("supermix_transforms.data.tarindex.write_atomically", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         assert len(load_index(shard)) == 4

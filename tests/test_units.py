@@ -3,7 +3,7 @@
 import pytest
 
 from supermix_transforms import ShardSampler
-from supermix_transforms.units import Order, Places
+from supermix_transforms.offline.units import Order, Places
 
 
 class Lengths:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from supermix_transforms.data.views import PURPOSE, Crop, View, ViewDraws
 from supermix_transforms.mixing import Draw, seeded
-from supermix_transforms.views import PURPOSE, Crop, View, ViewDraws
 
 SIZES = [(300, 200), (31, 40), (20, 25), (33, 32)]  # width, height
 TRANSFORMS = [

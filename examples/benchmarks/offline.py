@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, ShardSampler, TeacherLabeler, generate, replay
-from supermix_transforms.inspection import inspect_mixes
-from supermix_transforms.mixedshards import encode_pictures
 from supermix_transforms.models import load_teacher
+from supermix_transforms.offline.inspection import inspect_mixes
+from supermix_transforms.offline.mixedshards import encode_pictures
 
 BATCH, SIZE, PASSES, SEED = 64, 224, 7, 0
 TURNS = 3  # of the two kinds of processes
@@ -58,7 +58,7 @@ def teacher() -> TeacherLabeler:
 
 def recipes(shards: Path, folder: Path) -> dict[str, Any]:
     """Write them, look at them, and make the mixes again."""
-    from supermix_transforms import forms
+    from supermix_transforms.offline import forms
 
     dataset = ShardDataset(shards, transform=view())
     made: list[Any] = []

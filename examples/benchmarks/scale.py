@@ -21,8 +21,8 @@ from PIL import Image
 from reports import Report, options_of
 from torchvision.transforms import v2
 
-from supermix_transforms.pictures import read_picture
-from supermix_transforms.views import ViewDraws
+from supermix_transforms.data.pictures import read_picture
+from supermix_transforms.data.views import ViewDraws
 
 SETS = {"ImageNet-1k": 1_281_167, "ImageNet-21k": 14_197_122}
 SOURCE_BYTES = 110_000  # of a picture of ImageNet, the mean

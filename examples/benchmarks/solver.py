@@ -21,9 +21,9 @@ from reports import Report, options_of
 from torch import Tensor
 
 from supermix_transforms import SolverSettings, SuperMix, TeacherLabeler
+from supermix_transforms.commands.measured import wilson
 from supermix_transforms.inputs import identities
 from supermix_transforms.losses import kl_divergence
-from supermix_transforms.measured import wilson
 from supermix_transforms.mixing import Draw, soft_targets
 from supermix_transforms.solver import margins
 

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from real_data import CIFAR100_STATISTICS, ResNet, cifar_net, cifar_teacher
 
 from supermix_transforms import ShardDataset, SolverSettings, SuperMix, generate
-from supermix_transforms.distill import PAPER, DistillSettings, distill, make_accelerator
+from supermix_transforms.data.policies import FILES, POLICIES, load_policy
 from supermix_transforms.files import write_atomically
-from supermix_transforms.hints import HINTS, HintLoss
-from supermix_transforms.policies import FILES, POLICIES, load_policy
-from supermix_transforms.trainingdata import TrainingData, of_recipes, online, other_pictures
+from supermix_transforms.training import PAPER, DistillSettings, distill, make_accelerator
+from supermix_transforms.training.data import TrainingData, of_recipes, online, other_pictures
+from supermix_transforms.training.hints import HINTS, HintLoss
 
 BATCH, SHARD, HELD_OUT, MIXES, GROUP, SEED = 128, 1000, 5000, 45_000, 200, 0
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])

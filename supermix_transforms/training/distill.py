@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from supermix_transforms.batch import MixBatch
-from supermix_transforms.checkpoints import Checkpoint, Progress
-from supermix_transforms.distillsettings import MODERN, PAPER, DistillSettings
-from supermix_transforms.evaluation import evaluate
 from supermix_transforms.files import write_atomically
-from supermix_transforms.hints import HintLoss
 from supermix_transforms.results import TeacherLabels
-from supermix_transforms.studentloss import Pictured, batch_loss
+from supermix_transforms.training.checkpoints import Checkpoint, Progress
+from supermix_transforms.training.evaluation import evaluate
+from supermix_transforms.training.hints import HintLoss
+from supermix_transforms.training.loss import Pictured, batch_loss
+from supermix_transforms.training.settings import MODERN, PAPER, DistillSettings
 
 __all__ = [
     "MODERN",

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from supermix_transforms.data.pictures import read_picture
 from supermix_transforms.files import write_atomically
-from supermix_transforms.ledger import UnitEntry
-from supermix_transforms.pictures import read_picture
+from supermix_transforms.offline.ledger import UnitEntry
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
 __all__ = [

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
+from supermix_transforms.data.tarindex import ShardIndex, make_index, parse_index, write_index
 from supermix_transforms.files import lock
-from supermix_transforms.tarindex import ShardIndex, make_index, parse_index, write_index
 
 __all__ = ["cached_path", "fetch", "published_index"]
 

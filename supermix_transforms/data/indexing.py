@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from supermix_transforms.shards import find_shards
-from supermix_transforms.tarindex import load_index
+from supermix_transforms.data.shards import find_shards
+from supermix_transforms.data.tarindex import load_index
 
 __all__ = ["IndexSummary", "ShardSummary", "index_shards", "print_index"]
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from supermix_transforms.batch import MixBatch
-from supermix_transforms.distillsettings import DistillSettings
-from supermix_transforms.hints import HintLoss
 from supermix_transforms.losses import (
     cross_entropy,
     kd_loss,
@@ -19,6 +17,8 @@ from supermix_transforms.losses import (
     supermix_loss,
 )
 from supermix_transforms.results import TeacherLabels
+from supermix_transforms.training.hints import HintLoss
+from supermix_transforms.training.settings import DistillSettings
 
 __all__ = ["Pictured", "batch_loss", "sample_places"]
 

@@ -10,10 +10,10 @@ import torchvision.datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from supermix_transforms.data.pictures import SUFFIXES, read_picture
+from supermix_transforms.data.shards import check_some
+from supermix_transforms.data.views import ViewDraws
 from supermix_transforms.mixing import Draw, seeded
-from supermix_transforms.pictures import SUFFIXES, read_picture
-from supermix_transforms.shards import check_some
-from supermix_transforms.views import ViewDraws
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,18 +11,18 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from supermix_transforms.forms import MIXES, Form, RecipeForm, ShardForm
-from supermix_transforms.ledger import Ledger, fingerprint, versions
+from supermix_transforms.data.sampling import ShardSampler
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.views import ViewDraws
 from supermix_transforms.loader import SuperMixCollate, Unconverged
-from supermix_transforms.mixedshards import PictureFormat
-from supermix_transforms.recipes import Layout
-from supermix_transforms.sampling import ShardSampler
-from supermix_transforms.shards import ShardDataset
+from supermix_transforms.offline.forms import MIXES, Form, RecipeForm, ShardForm
+from supermix_transforms.offline.ledger import Ledger, fingerprint, versions
+from supermix_transforms.offline.mixedshards import PictureFormat
+from supermix_transforms.offline.recipes import Layout
+from supermix_transforms.offline.units import Order, Originals
+from supermix_transforms.offline.writing import GenerateSummary, Run
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
-from supermix_transforms.units import Order, Originals
-from supermix_transforms.views import ViewDraws
-from supermix_transforms.writing import GenerateSummary, Run
 
 __all__ = ["GenerateSummary", "generate", "process_state"]
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from supermix_transforms.files import sha256_of, writing_atomically
-from supermix_transforms.forms import Form, MadeBatch
 from supermix_transforms.inputs import identities
-from supermix_transforms.ledger import Ledger, UnitEntry
 from supermix_transforms.loader import SuperMixCollate
+from supermix_transforms.offline.forms import Form, MadeBatch
+from supermix_transforms.offline.ledger import Ledger, UnitEntry
+from supermix_transforms.offline.units import Order, Originals, Places
 from supermix_transforms.results import Outcome
-from supermix_transforms.units import Order, Originals, Places
 
 __all__ = ["GenerateSummary", "Run"]
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from supermix_transforms.charts import histogram, training_curves
-from supermix_transforms.environment import environment
+from supermix_transforms.commands.environment import environment
 from supermix_transforms.files import write_atomically
-from supermix_transforms.inspection import inspect_mixes
-from supermix_transforms.ledger import Ledger
-from supermix_transforms.recipes import Group
-from supermix_transforms.replaying import open_unit
+from supermix_transforms.offline.inspection import inspect_mixes
+from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.recipes import Group
+from supermix_transforms.offline.replaying import open_unit
 from supermix_transforms.results import Outcome
 
 if TYPE_CHECKING:

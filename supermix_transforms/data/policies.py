@@ -177,7 +177,7 @@ def load_policy(name: str | Path, *, epochs: int | None = None) -> Callable[[Any
     if str(name) in POLICIES:
         return POLICIES[str(name)]()
     if str(name) in FILES:
-        folder = importlib.resources.files("supermix_transforms") / "policy_files"
+        folder = importlib.resources.files("supermix_transforms.data") / "policy_files"
         text = (folder / f"{name}.json").read_text(encoding="utf-8")
         return Policy(json.loads(text), epochs=epochs)
     names = [*POLICIES, *FILES]

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.batch import MixResult
-from supermix_transforms.ledger import Ledger
-from supermix_transforms.mixedshards import (
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.mixing import Draw
+from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.mixedshards import (
     PictureFormat,
     decoded,
     encode_pictures,
@@ -17,11 +19,9 @@ from supermix_transforms.mixedshards import (
     write_info,
     write_tar,
 )
-from supermix_transforms.mixing import Draw
+from supermix_transforms.offline.recipes import Group, Layout, encode
+from supermix_transforms.offline.stored import to_group
 from supermix_transforms.quantised import LEVELS, whole_weights
-from supermix_transforms.recipes import Group, Layout, encode
-from supermix_transforms.shards import ShardDataset
-from supermix_transforms.stored import to_group
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import CutMix, MixUp
 

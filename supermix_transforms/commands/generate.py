@@ -2,13 +2,13 @@
 
 import argparse
 
+from supermix_transforms.commands.options import output_options, search_options, teacher_options
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.views import VIEWS
 from supermix_transforms.demo import named_labeler
-from supermix_transforms.generation import GenerateSummary, generate, process_state
 from supermix_transforms.models import load_teacher
-from supermix_transforms.options import output_options, search_options, teacher_options
-from supermix_transforms.shards import ShardDataset
+from supermix_transforms.offline.generation import GenerateSummary, generate, process_state
 from supermix_transforms.solver import SolverSettings
-from supermix_transforms.views import VIEWS
 
 __all__ = ["GENERATE_EXAMPLE", "generate_options", "print_generated", "run_generate"]
 

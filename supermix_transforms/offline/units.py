@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from supermix_transforms.sampling import ShardSampler
-from supermix_transforms.shards import ShardDataset, check_some
-from supermix_transforms.views import ViewDraws
+from supermix_transforms.data.sampling import ShardSampler
+from supermix_transforms.data.shards import ShardDataset, check_some
+from supermix_transforms.data.views import ViewDraws
 
 __all__ = ["Order", "Originals", "Places", "Unit"]
 

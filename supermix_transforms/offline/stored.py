@@ -8,8 +8,8 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.masks import steps_of
+from supermix_transforms.offline.recipes import Array, Group, Kind, Layout, picture_digest
 from supermix_transforms.quantised import LEVELS, exact_parts
-from supermix_transforms.recipes import Array, Group, Kind, Layout, picture_digest
 from supermix_transforms.results import Mixed, TeacherLabels
 
 __all__ = ["labels_of", "parts_of", "to_group", "weights_of"]

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from supermix_transforms.ledger import Ledger
-from supermix_transforms.loader import SuperMixCollate
-from supermix_transforms.mixedshards import stored_probs
-from supermix_transforms.picturesets import (
+from supermix_transforms.data.picturesets import (
     OtherPictures,
     PictureSet,
     Readable,
@@ -22,11 +19,14 @@ from supermix_transforms.picturesets import (
     open_folder,
     open_torchvision,
 )
-from supermix_transforms.replaying import replay
-from supermix_transforms.sampling import ShardSampler
-from supermix_transforms.shards import ShardDataset
+from supermix_transforms.data.sampling import ShardSampler
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.views import ViewDraws
+from supermix_transforms.loader import SuperMixCollate
+from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.mixedshards import stored_probs
+from supermix_transforms.offline.replaying import replay
 from supermix_transforms.teacher import TeacherLabeler
-from supermix_transforms.views import ViewDraws
 
 __all__ = [
     "TrainingData",

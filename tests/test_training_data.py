@@ -6,8 +6,8 @@ from colours import NUM_CLASSES, colour_teacher
 from tars import picture, write_colours, write_tar
 
 from supermix_transforms import MixBatch, ShardDataset, SuperMix, TeacherLabeler, generate
-from supermix_transforms.studentloss import sample_places
-from supermix_transforms.trainingdata import (
+from supermix_transforms.data.views import VIEWS
+from supermix_transforms.training.data import (
     mixed_pictures,
     of_recipes,
     online,
@@ -15,7 +15,7 @@ from supermix_transforms.trainingdata import (
     open_validation,
     other_pictures,
 )
-from supermix_transforms.views import VIEWS
+from supermix_transforms.training.loss import sample_places
 
 OPTIONS = {"batch_size": 5, "num_workers": 0}
 

@@ -9,10 +9,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from supermix_transforms.authors import authors_loop
+from supermix_transforms.commands.authors import authors_loop
+from supermix_transforms.commands.measured import Measured, Sample
 from supermix_transforms.demo import stack_pictures
 from supermix_transforms.inputs import identities
-from supermix_transforms.measured import Measured, Sample
 from supermix_transforms.memory import group_size
 from supermix_transforms.methods import ask, gradient_of
 from supermix_transforms.mixing import Draw, draw_ring, draw_weights

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from supermix_transforms.charts import training_curves
+from supermix_transforms.data.policies import load_policy
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.views import VIEWS
 from supermix_transforms.demo import named_labeler
-from supermix_transforms.distill import MODERN, PAPER, DistillSummary, distill, make_accelerator
 from supermix_transforms.files import write_atomically
-from supermix_transforms.generation import process_state
-from supermix_transforms.hints import HINTS, HintLoss
 from supermix_transforms.models import load_student, load_teacher
-from supermix_transforms.policies import load_policy
-from supermix_transforms.shards import ShardDataset
+from supermix_transforms.offline.generation import process_state
 from supermix_transforms.teacher import TeacherLabeler
-from supermix_transforms.trainingdata import (
+from supermix_transforms.training.data import (
     TrainingData,
     mixed_pictures,
     of_recipes,
@@ -31,8 +30,15 @@ from supermix_transforms.trainingdata import (
     open_validation,
     other_pictures,
 )
+from supermix_transforms.training.distill import (
+    MODERN,
+    PAPER,
+    DistillSummary,
+    distill,
+    make_accelerator,
+)
+from supermix_transforms.training.hints import HINTS, HintLoss
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix
-from supermix_transforms.views import VIEWS
 
 __all__ = ["DISTILL_EXAMPLE", "distill_options", "run_distill"]
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from supermix_transforms.cache import cached_path, fetch, published_index
-from supermix_transforms.pictures import read_picture
-from supermix_transforms.tarindex import PICTURES, ShardIndex, load_index, read_members
+from supermix_transforms.data.cache import cached_path, fetch, published_index
+from supermix_transforms.data.pictures import read_picture
+from supermix_transforms.data.tarindex import PICTURES, ShardIndex, load_index, read_members
 
 if TYPE_CHECKING:
     from PIL.Image import Image

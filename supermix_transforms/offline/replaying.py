@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from supermix_transforms.batch import MixBatch, MixResult, OutputForm, TargetForm
-from supermix_transforms.ledger import Ledger, fingerprint, versions
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.views import Crop, View
+from supermix_transforms.offline.ledger import Ledger, fingerprint, versions
+from supermix_transforms.offline.recipes import Array, Group, Kind, RecipeReader, picture_digest
+from supermix_transforms.offline.stored import labels_of, parts_of, weights_of
 from supermix_transforms.quantised import LEVELS, STEP, blend_parts
-from supermix_transforms.recipes import Array, Group, Kind, RecipeReader, picture_digest
 from supermix_transforms.results import Mixed, TeacherLabels
-from supermix_transforms.shards import ShardDataset
-from supermix_transforms.stored import labels_of, parts_of, weights_of
-from supermix_transforms.views import Crop, View
 
 __all__ = ["Replay", "ReplayedMix", "open_unit", "replay"]
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 import supermix_transforms
 from supermix_transforms.charts import Bar, cost_bars
-from supermix_transforms.contenders import (
+from supermix_transforms.commands.contenders import (
     METHODS,
     SLOW,
     UNSEARCHED,
@@ -48,8 +48,8 @@ from supermix_transforms.contenders import (
     largest_limit,
     measure,
 )
+from supermix_transforms.commands.measured import Measured, backward_weight, wilson
 from supermix_transforms.files import write_atomically
-from supermix_transforms.measured import Measured, backward_weight, wilson
 from supermix_transforms.mixing import check_k
 from supermix_transforms.plots import require_matplotlib
 from supermix_transforms.teacher import TeacherLabeler

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from supermix_transforms.batch import MixBatch
+from supermix_transforms.data.pictures import png
+from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.data.tarindex import make_index
 from supermix_transforms.files import sha256_of, write_atomically
-from supermix_transforms.ledger import Ledger, UnitEntry
 from supermix_transforms.losses import sparsity
-from supermix_transforms.pictures import png
+from supermix_transforms.offline.ledger import Ledger, UnitEntry
+from supermix_transforms.offline.replaying import open_unit, replay
 from supermix_transforms.plots import TOP, Panel, Seen, contact_sheet, require_matplotlib
-from supermix_transforms.replaying import open_unit, replay
 from supermix_transforms.results import Outcome, TeacherLabels
-from supermix_transforms.shards import ShardDataset
-from supermix_transforms.tarindex import make_index
 
 __all__ = [
     "Inspection",
