@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "supermix_transforms"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITH_EXAMPLES = sorted(
-    path.stem for path in PACKAGE.glob("*.py") if ">>>" in path.read_text(encoding="utf-8")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>>" in path.read_text(encoding="utf-8")
 )
 
 
@@ -27,7 +29,7 @@ def test_some_modules_have_examples():
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_docstring_examples_print_what_they_say(name):
-    module = importlib.import_module(f"supermix_transforms.{name}".removesuffix(".__init__"))
+    module = importlib.import_module(name.removesuffix(".__init__"))
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
     assert tried > 0
     assert failed == 0
@@ -47,7 +49,7 @@ def test_readme_blocks_run_one_after_the_other_as_they_stand(tmp_path):
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py")))
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
     source = re.sub(r'"\s*f?"', "", source)  # a message's lines in one
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r'^\*\*"(.+?)"\*\*$', page, re.MULTILINE)
