@@ -50,7 +50,7 @@ from supermix_transforms.offline.inspection import (
     replay_pictures,
 )
 from supermix_transforms.solver import SolverSettings
-from supermix_transforms.training.distill import print_distilled
+from supermix_transforms.training.loop import print_distilled
 
 EPILOG = """\
 first steps:

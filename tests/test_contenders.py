@@ -7,7 +7,8 @@ import pytest
 import torch
 from picky import picky_labeler, picky_pictures
 
-from supermix_transforms import TeacherLabeler, contenders
+from supermix_transforms import TeacherLabeler
+from supermix_transforms.commands import contenders
 from supermix_transforms.commands.contenders import (
     AUTHORS,
     METHODS,

@@ -15,15 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
 from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
-from supermix_transforms.training.distill import (
-    MODERN,
-    PAPER,
-    DistillSettings,
-    _Pictured,
-    distill,
-    evaluate,
-)
+from supermix_transforms.training import MODERN, PAPER, DistillSettings, distill, evaluate
 from supermix_transforms.training.hints import HINTS, HintLoss
+from supermix_transforms.training.loss import Pictured
 from supermix_transforms.training.loss import batch_loss as loss_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -294,11 +288,11 @@ def test_a_loss_of_features_is_of_the_originals_alone(method):
     network, hints = hinted(method)
     batch = next(iter(numbered()))
     network.eval()  # batch statistics would be of the mixes as well
-    whole = _Pictured(network, None, None, hints)
+    whole = Pictured(network, None, None, hints)
     torch.manual_seed(1)
     loss, samples = loss_of(whole, batch, DistillSettings(), hinted=True)
     other = hinted(method)
-    alone = _Pictured(other[0].eval(), None, None, other[1])
+    alone = Pictured(other[0].eval(), None, None, other[1])
     torch.manual_seed(1)  # crd draws
     _, hint = alone(batch.images, (6, batch.extra[2]))
     without, _ = loss_of(network, batch, DistillSettings())

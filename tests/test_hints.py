@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from supermix_transforms import hints as module
+from supermix_transforms.training import hints as module
 from supermix_transforms.training.hints import HINTS, WEIGHTS, HintLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,11 +18,11 @@ from supermix_transforms import (
     ShardDataset,
     ShardSampler,
     SolverSettings,
-    forms,
     generate,
     mix_images,
     replay,
 )
+from supermix_transforms.offline import forms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])

@@ -30,14 +30,14 @@ from supermix_transforms.training.data import (
     open_validation,
     other_pictures,
 )
-from supermix_transforms.training.distill import (
+from supermix_transforms.training.hints import HINTS, HintLoss
+from supermix_transforms.training.loop import (
     MODERN,
     PAPER,
     DistillSummary,
     distill,
     make_accelerator,
 )
-from supermix_transforms.training.hints import HINTS, HintLoss
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix
 
 __all__ = ["DISTILL_EXAMPLE", "distill_options", "run_distill"]
