@@ -21,6 +21,7 @@ from supermix_transforms.files import write_atomically
 from supermix_transforms.models import load_student, load_teacher
 from supermix_transforms.offline.generation import process_state
 from supermix_transforms.teacher import TeacherLabeler
+from supermix_transforms.training import MODERN, PAPER, DistillSummary, distill, make_accelerator
 from supermix_transforms.training.data import (
     TrainingData,
     mixed_pictures,
@@ -31,13 +32,6 @@ from supermix_transforms.training.data import (
     other_pictures,
 )
 from supermix_transforms.training.hints import HINTS, HintLoss
-from supermix_transforms.training.loop import (
-    MODERN,
-    PAPER,
-    DistillSummary,
-    distill,
-    make_accelerator,
-)
 from supermix_transforms.transforms import CutMix, MixUp, SuperMix
 
 __all__ = ["DISTILL_EXAMPLE", "distill_options", "run_distill"]

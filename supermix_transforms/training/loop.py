@@ -29,18 +29,9 @@ from supermix_transforms.training.checkpoints import Checkpoint, Progress
 from supermix_transforms.training.evaluation import evaluate
 from supermix_transforms.training.hints import HintLoss
 from supermix_transforms.training.loss import Pictured, batch_loss
-from supermix_transforms.training.settings import MODERN, PAPER, DistillSettings
+from supermix_transforms.training.settings import PAPER, DistillSettings
 
-__all__ = [
-    "MODERN",
-    "PAPER",
-    "DistillSettings",
-    "DistillSummary",
-    "distill",
-    "evaluate",
-    "make_accelerator",
-    "print_distilled",
-]
+__all__ = ["DistillSummary", "distill", "make_accelerator", "print_distilled"]
 
 
 @dataclass(frozen=True)
