@@ -240,8 +240,9 @@ class MixBatch:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        """``images, targets = batch``: the pictures to learn from and their labels."""
-        return iter(self.as_tuple())
+        """``images, targets = batch``: mixes and targets; with "concat", after the originals."""
+        concat = getattr(self._mixer, "output", None) == "concat"
+        return iter(self.as_concat() if concat else self.as_tuple())
 
     def __len__(self) -> int:
         return len(self._images)

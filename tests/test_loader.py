@@ -164,6 +164,16 @@ def test_a_plain_loop_unpacks_batches(teacher):
         assert targets.shape == (4, NUM_CLASSES)
 
 
+def test_a_plain_loop_unpacks_originals_and_mixes_where_it_asked_for_both(teacher):
+    collate = SuperMixCollate(teacher, output="concat", target="hard")
+    for batch in DataLoader(Pictures(8), 4, collate_fn=collate):
+        images, targets = batch
+        moved, moved_targets = batch.to("cpu")
+        assert images.shape == (8, 3, 9, 7)
+        assert torch.equal(images, moved)
+        assert torch.equal(targets, moved_targets)
+
+
 def test_the_wrapper_and_the_collate_make_the_same_batches(teacher):
     dataset = Pictures(9)
     collated = DataLoader(dataset, 4, collate_fn=SuperMixCollate(teacher, seed=3))

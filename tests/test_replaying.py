@@ -355,7 +355,7 @@ def test_settings_made_up_are_an_error(copy):
 
 
 def test_the_teacher_is_not_asked(usual, monkeypatch):
-    monkeypatch.setattr("supermix_transforms.teacher._Member.__call__", None)
+    monkeypatch.setattr("supermix_transforms.member.Member.__call__", None)
     assert len(usual.replay().__getitems__(range(5))) == 5
 
 

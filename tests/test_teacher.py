@@ -421,6 +421,41 @@ def test_floats_arrive_as_they_are():
     assert_close(seen.images, images, rtol=0, atol=0)
 
 
+def test_pictures_that_were_normalised_before_are_told_of_once():
+    labeler = TeacherLabeler(plain(), mean=[0.5], std=[0.25])
+    images = torch.randn(5, 3, 9, 7)
+    with pytest.warns(UserWarning, match=r"in 0\.\.1, .* got -.*normalised already"):
+        labeler(images)
+    labeler(images)  # the next one is an error here
+
+
+def test_a_little_overshoot_is_no_news():
+    images = torch.rand(5, 3, 9, 7).mul(1.6).sub(0.3)  # as bicubic resizing leaves it
+    TeacherLabeler(plain(), mean=[0.5], std=[0.25])(images)
+
+
+def test_some_of_the_teachers_classes_in_the_order_of_the_labels():
+    net, images = plain().eval(), noise()
+    some = TeacherLabeler(net, classes=[4, 1])
+    logits, maps = some.examine(images)
+    assert_close(logits, net(images)[:, [4, 1]])
+    assert_close(some(images).probs, net(images)[:, [4, 1]].softmax(dim=1))
+    assert_close(maps.maps().mean(dim=(2, 3)) + maps.bias, logits)
+    assert some.digest != TeacherLabeler(net).digest
+
+
+@pytest.mark.parametrize(("classes", "got"), [([], r"\[\]"), ([1, 1], r"\[1, 1\]")])
+def test_classes_that_are_none_or_twice_are_named(classes, got):
+    with pytest.raises(ValueError, match=f"classes: expected each class once, .*got {got}"):
+        TeacherLabeler(plain(), classes=classes)
+
+
+def test_classes_that_the_teacher_does_not_have_are_named():
+    message = r"classes: expected some of the teacher's, 0\.\.4, got 3\.\.5"
+    with pytest.raises(ValueError, match=message):
+        TeacherLabeler(plain(), classes=[3, 5])(noise())
+
+
 def test_size_is_for_the_teacher_only():
     seen, images = Seen(), noise()
     for size, expected in ((12, (12, 12)), ((6, 5), (6, 5))):
@@ -723,6 +758,7 @@ def test_settings_out_of_range_are_named(settings, message):
     [
         {"mean": [0.5] * 3, "std": [0.5] * 3},
         {"size": 8},
+        {"classes": [1, 0]},
         {"dtype": torch.bfloat16},
         {"device": "cpu"},
     ],
