@@ -146,8 +146,8 @@ class MixBatch:
         mixer, targets = self._owner(), self.mix()._done.targets
         if targets is None:
             raise ValueError(
-                "targets: these mixes have no labels, for the samples had none and no teacher was "
-                "given. Pass teacher=, or a labels_getter= that finds the labels."
+                "targets: these mixes have no labels: the transform gave none, and there is no "
+                "teacher here. Pass teacher=, or a labels_getter= that finds the labels."
             )
         return targets.argmax(dim=1) if mixer.target == "hard" else targets
 

@@ -366,6 +366,12 @@ class MixLoader(_BatchMixer):
             )
             yield mix_batch.to(self.device or images.device)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else a script asks of its loader: ``dataset``, ``sampler``, ``batch_size``, ..."""
+        if name.startswith("_") or "loader" not in vars(self):  # not there yet while it is copied
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.loader, name)
+
     def __len__(self) -> int:
         if not isinstance(self.loader, Sized):
             raise TypeError(f"{type(self.loader).__name__} has no length.")

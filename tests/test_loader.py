@@ -182,6 +182,18 @@ def test_the_wrapper_and_the_collate_make_the_same_batches(teacher):
     assert_same(epoch_of(collated), epoch_of(wrapped))
 
 
+def test_the_wrapper_has_what_the_loader_has(teacher):
+    loader = DataLoader(Pictures(9), 4)
+    wrapped = MixLoader(loader, SuperMix(teacher))
+    assert wrapped.dataset is loader.dataset
+    assert wrapped.batch_size == 4
+    with pytest.raises(AttributeError, match="no attribute 'mixup'"):
+        wrapped.mixup  # noqa: B018
+    assert copy.copy(wrapped).dataset is loader.dataset
+    with pytest.raises(AttributeError, match=r"MixLoader.*_private"):
+        wrapped._private  # noqa: B018
+
+
 @pytest.mark.parametrize("mode", ["inference", "no_grad", "autocast", "grad"])
 def test_the_readers_mode_does_not_change_a_mix(teacher, mode):
     loader = DataLoader(Pictures(4), 4, collate_fn=SuperMixCollate(teacher))
