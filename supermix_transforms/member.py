@@ -44,8 +44,7 @@ class Member:
         self.classes = None if classes is None else [int(label) for label in classes]
         self._dtype = dtype
         self._mean, self._std = mean, std
-        # as tensors there have it: of index 0 where "cuda" has none
-        self._device = None if device is None else torch.empty(0, device=device).device
+        self._device = None if device is None else _device_of(device)
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._channels_last = True
         self._head: Head | None = None
@@ -195,6 +194,17 @@ class Member:
                 f"object with .logits, got {got}. Wrap it: lambda images: model(images)[0]."
             )
         return answer
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    """As tensors there have it: of index 0 where "cuda" has none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device: expected one of this machine, got {str(device)!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager

@@ -80,15 +80,15 @@ def load_student(name: str, num_classes: int, *, weights: str | Path | None = No
             )
     elif scheme == "timm" and net:
         timm = _import("timm")
-        _check_name("timm", net, timm.list_models())
+        _check_name("timm", net, timm.list_models(), "student")
         model = timm.create_model(net, pretrained=False, num_classes=num_classes)
     elif scheme == "torchvision" and net:
         models = _import("torchvision.models")
-        _check_name("torchvision", net, models.list_models(module=models))
+        _check_name("torchvision", net, models.list_models(module=models), "student")
         model = models.get_model(net, weights=None, num_classes=num_classes)
     elif scheme == "pytorchcv" and net:
         provider = _import("pytorchcv.model_provider")
-        _check_name("pytorchcv", net, provider._models)
+        _check_name("pytorchcv", net, provider._models, "student")
         model = provider.get_model(net, pretrained=False, num_classes=num_classes)
     else:
         forms = FORMS.replace(" efficientnet-lite0 or", " or").replace(",  or", " or")
@@ -272,10 +272,10 @@ def _import(name: str) -> Any:
         ) from error
 
 
-def _check_name(library: str, net: str, known: Iterable[str]) -> None:
+def _check_name(library: str, net: str, known: Iterable[str], what: str = "teacher") -> None:
     if net not in (names := set(known)):
         raise ValueError(
-            f"teacher: expected a classifier of {library}, got {net!r}.{_near(net, names)} "
+            f"{what}: expected a classifier of {library}, got {net!r}.{_near(net, names)} "
             f"See {library}'s documentation for the names."
         )
 

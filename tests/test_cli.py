@@ -475,7 +475,7 @@ def test_inspect_finds_a_changed_byte_only_where_it_reads_all(generating, capsys
     assert f"WRONG: {unit.name}: its sha256 is not the one" in capsys.readouterr().out
     unit.unlink()
     assert main(["inspect", str(out)]) == 1
-    assert "WRONG: 1 of 2 units are there" in capsys.readouterr().out
+    assert "WRONG: 1 of 2 units are there: start generate again" in capsys.readouterr().out
 
 
 def test_generate_as_shards_with_the_other_mixes(generating, capsys):
@@ -628,6 +628,9 @@ def test_distill_reads_a_folder(distilling, photos, capsys, options):
     assert found["agreement"] is not None
     if "teacher" in options:
         assert found["top1"] == found["agreement"]
+    same = [*photos[:1], f"{photos[1]}/", *photos[2:]]
+    assert main(run_of(distilling, name, *same, *options)) == 0  # finished, and not another run
+    assert json.loads(capsys.readouterr().out) == found
     changed = run_of(distilling, name, *photos, *options, "--size", "12")
     assert main(changed) == 2
     assert "size 16, now 12" in capsys.readouterr().err
@@ -669,11 +672,16 @@ def test_distill_tells_a_tracker(distilling, photos, capsys):
     [
         ([], "distill: expected --teacher, --recipes or --mixed-shards, got none of them"),
         (["--learn", "originals"], "distill: expected a number of classes, got no teacher"),
-        (["--recipes", "x", "--augment", "cutout"], "augment: expected pictures that are mixed"),
+        (["--recipes", "x", "--augment", "cutout"], "recipes: expected no --augment beside them"),
+        (["--recipes", "x", "--k", "3", "--num-classes", "9"], "recipes: expected no --k beside"),
         (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
         (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),
         (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),
         (["--teacher", "timm/nothing"], "teacher: expected a classifier of timm"),
+        (
+            ["--learn", "originals", "--num-classes", "4", "--student", "timm/nothing"],
+            "student: expected a classifier of timm",
+        ),
     ],
 )
 def test_distill_says_what_is_wrong(distilling, capsys, options, message):

@@ -455,6 +455,14 @@ def test_a_checkpoint_that_is_damaged_is_an_error(tmp_path, content):
         distill(student(), plain(), None, tmp_path, settings=FEW)
 
 
+def test_a_student_with_other_classes_than_the_teacher_is_an_error(tmp_path):
+    other = nn.Sequential(nn.Flatten(), nn.LazyLinear(NUM_CLASSES + 1))
+    other(pictures(1)[0])
+    message = rf"student: expected logits \(B, {NUM_CLASSES}, the teacher's classes\), got \(12, "
+    with pytest.raises(ValueError, match=message):
+        distill(other, online(target="hard"), None, tmp_path, settings=FEW)
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     settings = DistillSettings(epochs=1, lr=1e30, warmup_epochs=0)
     with pytest.raises(ValueError, match="expected a finite loss, got"):

@@ -85,6 +85,18 @@ def test_other_settings_than_those_begun_with_are_named(ledger):
         begin(ledger, {**SETTINGS, "seed": 1})
 
 
+def test_of_long_settings_that_differ_what_differs_is_named(tmp_path):
+    shards = [{"name": f"part-{n}.tar", "sha256": 32 * "a"} for n in range(20)]
+    ledger = Ledger(tmp_path / "mixes")
+    begin(ledger, {"shards": shards})
+    with pytest.raises(
+        ValueError, match=r'others: shards \{"name": "part-7.tar"\}, now .*other.tar'
+    ):
+        begin(ledger, {"shards": [*shards[:7], {**shards[7], "name": "other.tar"}, *shards[8:]]})
+    with pytest.raises(ValueError, match="others: shards 20 of them, now 19"):
+        begin(ledger, {"shards": shards[1:]})
+
+
 def test_two_at_once_are_one_too_many(ledger):
     other = Ledger(ledger.folder)
     with ledger.writing(SETTINGS, {}, 0):

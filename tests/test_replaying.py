@@ -272,10 +272,14 @@ def test_a_unit_of_other_settings_is_an_error(copy, shards, tmp_path):
 def test_other_shards_are_an_error(copy, tmp_path):
     recipes, shards = copy
     write_colours(shards, COUNT + 2)
-    with pytest.raises(ValueError, match=r"expected the 3 shards .* of which .* is another"):
+    with pytest.raises(
+        ValueError, match=r"expected the 3 shards .* of which colours-0.tar is another"
+    ):
         replay(recipes, ShardDataset(shards))
     with pytest.raises(ValueError, match=r"expected the 3 shards .* got 2"):
         replay(recipes, ShardDataset([shards / "colours-0.tar", shards / "colours-1.tar"]))
+    with pytest.raises(TypeError, match=r"dataset: expected a ShardDataset .* got str"):
+        replay(recipes, str(shards))
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -502,6 +502,11 @@ def test_mean_and_std_are_made_once_a_device(monkeypatch):
     labeler(noise())
 
 
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"device: expected one of this machine, got 'cuda:99'"):
+        TeacherLabeler(plain(), device="cuda:99")
+
+
 def test_the_device_is_named_as_tensors_name_it():
     labeler = TeacherLabeler(lambda x: x.mean(dim=(2, 3)), device="cpu:0")
     assert labeler.device == noise().device

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from supermix_transforms.data.views import PURPOSE, Crop, View, ViewDraws
@@ -78,6 +79,7 @@ def test_what_only_changes_the_type_is_passed_over():
         (v2.RandomCrop(8, padding=1, fill=3), "expected RandomCrop that pads with black"),
         (v2.RandomCrop(8, padding=1, padding_mode="edge"), "expected RandomCrop that pads"),
         (lambda picture: picture, "got <function"),
+        (transforms.RandomResizedCrop(8), r"of torchvision\.transforms\.v2, in this order"),
         (v2.CenterCrop(20_000), "expected a size of 1..16384"),
     ],
 )

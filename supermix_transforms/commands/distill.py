@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,12 +42,13 @@ examples:
   supermix distill --images photos/ --labels teacher --teacher efficientnet-lite0 \\
       --student timm/mobilenetv3_small_050 --preset modern --epochs 5 --out run/
   supermix distill --shards 'train-{000..127}.tar' --recipes recipes/ --validation val/ \\
-      --student timm/resnet18 --kd both --out run/
+      --student timm/resnet18 --out run/
 
 Mixes are made while training, by the teacher, or read from recipes or mixed shards. Without
 --validation every tenth sample is held out; not with recipes, which were made of all. Killed and
 started again, it goes on."""
 
+VIEW = "random-resized-crop"
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
     *("teacher", "weights", "mean", "std", "mix", "k", "alpha", "partners", "recipes"),
@@ -86,7 +88,7 @@ def _data_options(group: Any) -> None:
     )
     add("--labels", choices=("data", "teacher"), default="data", help="whose, of the originals")
     add("--num-classes", type=int, help="where neither a teacher nor the pictures tell")
-    add("--view", choices=tuple(VIEWS), default="random-resized-crop", help="of each picture")
+    add("--view", choices=tuple(VIEWS), help="of each picture; random-resized-crop, if left out")
     add(
         "--size", type=int, metavar="PIXELS", help="side of the pictures; the teacher's own, or 224"
     )
@@ -104,10 +106,11 @@ def _mix_options(group: Any) -> None:
     add("--weights", metavar="FILE", help="the teacher's, .safetensors, .pt or .pth")
     add("--mean", type=float, nargs="+", help="of each channel in 0..1; the teacher's")
     add("--std", type=float, nargs="+", help="with --mean")
-    add("--mix", choices=("supermix", "mixup", "cutmix"), default="supermix", help="while training")
-    add("--k", type=int, default=2, help="pictures a mix")
+    mixes = ("supermix", "mixup", "cutmix")
+    add("--mix", choices=mixes, help="while training; supermix, if left out")
+    add("--k", type=int, help="pictures a mix, 2 if left out")
     add("--alpha", type=float, help="of the weights; 3 for supermix, 1 for the others")
-    add("--partners", choices=("random", "matched"), default="random", help="of supermix")
+    add("--partners", choices=("random", "matched"), help="of supermix; random, if left out")
     other = group.add_mutually_exclusive_group().add_argument
     other("--recipes", metavar="DIR", help="what generate wrote of these shards; needs no teacher")
     other("--mixed-shards", metavar="DIR", help="what generate --as shards wrote; needs no teacher")
@@ -180,7 +183,7 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
                     log_with=arguments.tracker,
                     project_dir=arguments.out,
                 ),
-                described={name: getattr(arguments, name) for name in DESCRIBED},
+                described={name: _plain(name, getattr(arguments, name)) for name in DESCRIBED},
                 show=show,
                 advance=advance,
             )
@@ -192,6 +195,12 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
         return summary
     finally:
         state.destroy_process_group()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A path in one way of writing it, ``run`` of ``run/``."""
+    paths = ("images", "weights", "recipes", "mixed_shards")
+    return os.path.normpath(value) if name in paths and value is not None else value
 
 
 class _Teacher(NamedTuple):
@@ -251,11 +260,7 @@ def _training_data(
     if arguments.recipes is not None:
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
-        if arguments.augment is not None:
-            raise ValueError(
-                "augment: expected pictures that are mixed while training, got recipes, which hold "
-                "the views that were mixed. Leave --augment or --recipes out."
-            )
+        _refuse_mixing(arguments)
         return of_recipes(arguments.recipes, pictures, validation, **options)
     augment = None
     if arguments.augment is not None:
@@ -265,7 +270,7 @@ def _training_data(
         pictures,
         validation,
         labeler=labeler,
-        view=VIEWS[arguments.view],
+        view=VIEWS[arguments.view or VIEW],
         size=size,
         mix=mix,
         augment=augment,
@@ -290,14 +295,26 @@ def _mix_of(
             "originals alone: --learn originals."
         )
     if arguments.unlabelled is not None:
-        view = VIEWS[arguments.view](size)
+        view = VIEWS[arguments.view or VIEW](size)
         options = {"seed": arguments.seed, "cache_dir": arguments.cache_dir}
         return other_pictures(arguments.unlabelled, view, **options), None
-    if arguments.mix == "supermix":
-        options = {"k": arguments.k, "alpha": arguments.alpha or 3.0}
-        return SuperMix(labeler, partners=arguments.partners, **options), None
+    k = arguments.k or 2
+    if arguments.mix in (None, "supermix"):
+        options = {"partners": arguments.partners or "random", "alpha": arguments.alpha or 3.0}
+        return SuperMix(labeler, k=k, **options), None
     kind = {"mixup": MixUp, "cutmix": CutMix}[arguments.mix]
-    return kind(k=arguments.k, alpha=arguments.alpha or 1.0, teacher=labeler), None
+    return kind(k=k, alpha=arguments.alpha or 1.0, teacher=labeler), None
+
+
+def _refuse_mixing(arguments: argparse.Namespace) -> None:
+    """Options that recipes have answered."""
+    names = ("augment", "mix", "k", "alpha", "partners", "view", "size", "num_classes")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    if given:
+        raise ValueError(
+            f"recipes: expected no {given[0]} beside them, for they hold views and mixes as they "
+            f"were made. Leave {' and '.join(given)} out, or mix while training, without --recipes."
+        )
 
 
 @contextlib.contextmanager

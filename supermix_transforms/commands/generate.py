@@ -110,15 +110,15 @@ def print_generated(summary: GenerateSummary) -> None:
     console = Console(highlight=False)
     converged = summary.converged / max(1, summary.mixes)
     what = f"{summary.mixes:,} mixes ({summary.form}) in {summary.finished:,} of {summary.units:,}"
-    console.print(f"{what} units, {decimal(summary.bytes)}, in {summary.out}", soft_wrap=True)
+    console.print(f"{summary.out}: {what} units, {decimal(summary.bytes)}", soft_wrap=True)
     if summary.mixes > 0:
         each = summary.bytes / summary.mixes
         console.print(f"converged {converged:.1%}, {each:,.0f} bytes a mix")
     if summary.made > 0:
         rate, waiting = summary.made / summary.seconds, summary.waiting / summary.seconds
         console.print(
-            f"{rate:.1f} mixes a second by this process, {waiting:.0%} of the time spent waiting "
-            "for pictures"
+            f"{rate:.1f} mixes a second by this process of {summary.processes}, {waiting:.0%} of "
+            "the time spent waiting for pictures"
         )
     if summary.skipped:
         console.print(f"{summary.skipped:,} pictures could not be read and were skipped")

@@ -134,8 +134,9 @@ class ViewDraws:
         for step in self.steps:
             place = next((i for i, kind in enumerate(STAGES, 1) if isinstance(step, kind)), 0)
             if place <= stage:
+                old = "" if isinstance(step, v2.Transform) else " of torchvision.transforms.v2"
                 raise ValueError(
-                    f"transform: expected {ALLOWED}, in this order and each at most once, got "
+                    f"transform: expected {ALLOWED}{old}, in this order and each at most once, got "
                     f"{step}. Recipes store rectangles and flips only; do the rest to the batch."
                 )
             stage = place

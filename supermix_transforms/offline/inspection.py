@@ -70,7 +70,7 @@ def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
     problems = []
     units = settings.get("units")
     if len(entries) != units:
-        problems.append(f"{len(entries)} of {units} units are there")
+        problems.append(f"{len(entries)} of {units} units are there: start generate again to go on")
     fields: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     steps: list[float] = []

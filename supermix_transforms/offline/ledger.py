@@ -138,9 +138,10 @@ class Ledger:
         begun = self.settings()
         asked = json.loads(json.dumps(settings))
         different = [
-            f"{name} {_short(begun.get(name))}, now {_short(asked.get(name))}"
+            f"{name} {was}, now {now}"
             for name in sorted(begun.keys() | asked.keys())
             if begun.get(name) != asked.get(name)
+            for was, now in [_apart(begun.get(name), asked.get(name))]
         ]
         if different:
             raise ValueError(
@@ -221,6 +222,18 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """The sha256 of settings, the same for equal ones."""
     content = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _apart(was: Any, now: Any) -> tuple[str, str]:
+    """Both in short: of two lists as long as each other, what is first not the same."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        was, now = next(pair for pair in zip(was, now, strict=True) if pair[0] != pair[1])
+    if isinstance(was, list) and isinstance(now, list):
+        return f"{len(was)} of them", f"{len(now)}"
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [name for name in was if was.get(name) != now.get(name)]
+        was, now = ({name: each.get(name) for name in names} for each in (was, now))
+    return _short(was), _short(now)
 
 
 def _short(value: Any) -> str:

@@ -212,10 +212,16 @@ class Replay(Dataset[ReplayedMix]):
                 f"recipes: expected a folder of recipes, got {settings.get('form')!r} in "
                 f"{folder!r}. Read mixed shards with webdataset."
             )
+        if not isinstance(self._dataset, ShardDataset):
+            raise TypeError(
+                f"dataset: expected a ShardDataset of the shards that {folder!r} was made of, "
+                f"got {type(self._dataset).__name__}. Pass ShardDataset(urls)."
+            )
         known, here = settings.get("shards"), self._dataset.identity
         if known != here:
             known = known if isinstance(known, list) else []
-            other = next((a for a, b in zip(here, known, strict=False) if a != b), None)
+            pairs = zip(here, known, strict=False)
+            other = next((a.get("name") for a, b in pairs if a != b), None)
             raise ValueError(
                 f"recipes: expected the {len(known)} shards that {folder!r} was made of, got "
                 f"{len(here)}" + ("." if other is None else f", of which {other} is another.") + " "

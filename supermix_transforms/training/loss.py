@@ -77,6 +77,7 @@ def batch_loss(
     # one forward: one batch's statistics
     every = model(pictures, (len(images), sample_places(batch))) if hinted else model(pictures)
     every, hint = every if hinted else (every, 0.0)
+    _check_classes(every, known or (batch.mixed_teacher if mixes else None))
     logits, mixed_logits = every.split([len(images), len(pictures) - len(images)])
     kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
     if settings.kd == "none":
@@ -99,6 +100,15 @@ def batch_loss(
         mixed_soft = batch.mixed_teacher.softened(settings.temperature)
     loss = supermix_kd_loss(logits, labels, soft, mixed_logits, batch.targets, mixed_soft, **kd)
     return loss + hint, len(pictures)
+
+
+def _check_classes(logits: Tensor, known: TeacherLabels | None) -> None:
+    if logits.ndim != 2 or (known is not None and logits.shape[1] != known.num_classes):
+        wanted = "N" if known is None else f"{known.num_classes}, the teacher's classes"
+        raise ValueError(
+            f"student: expected logits (B, {wanted}), got {tuple(logits.shape)}. Give it as many "
+            "outputs, or the teacher fewer: TeacherLabeler(classes=...)."
+        )
 
 
 def sample_places(batch: Any) -> Tensor | None:
