@@ -124,3 +124,20 @@ def test_figure_6_has_a_curve_a_method_over_the_values_of_the_setting(script):
     assert [box.lines[0].get_xydata().tolist() for box in axes.containers] == [
         [[2, pytest.approx(20)], [3, pytest.approx(30)]]
     ] * 2
+
+
+def test_a_table_has_means_standard_errors_and_paired_differences(script):
+    plain = {"pictures": 2000, "steps": 9, "teacher": "a", "student": "b", "test": False}
+    tops = {"cutmix-hard": {0: 0.2, 1: 0.4}, "supermix-hard": {1: 0.45, 0: 0.21}, "ce": {2: 0.1}}
+    rows = [
+        plain | {"method": method, "seed": seed, "top1": top}
+        for method, found in tops.items()
+        for seed, top in found.items()
+    ]
+    title, *lines = script("students").table(rows)
+    assert title == "2,000 pictures, 9 steps, a to b"
+    assert [" ".join(line.split()) for line in lines] == [
+        "cutmix-hard 30.00 ± 10.00 2 seeds",
+        "supermix-hard 33.00 ± 12.00 +3.00 ± 2.00 2 seeds",
+        "ce 10.00 ± 0.00 1 seed",
+    ]

@@ -14,14 +14,16 @@ one of each picture if the student has 45,000 (--pictures), 22 of each if it has
 set, once, when all is decided. Policies (Table 1) augment the views of pictures, without recipes.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
-other --seeds or --methods, one thread each, may share --work if each has an --out of its own.
+other --seeds or --methods, one thread each, may share --work if each has an --out of its own; what
+stands in the JSON files given by --merge is taken over. A table of means and standard errors, and of
+paired differences to CutMix, goes to standard error.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from real_data import CIFAR100_STATISTICS, ResNet, cifar_net, cifar_teacher
 
 from supermix_transforms import ShardDataset, SolverSettings, SuperMix, generate
+from supermix_transforms.charts import mean_and_error
 from supermix_transforms.data.policies import FILES, POLICIES, load_policy
 from supermix_transforms.files import write_atomically
 from supermix_transforms.training import PAPER, DistillSettings, distill, make_accelerator
@@ -257,6 +260,27 @@ def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) 
     return found["results"]
 
 
+def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[str]:
+    """A line for each method of a setting: top-1 in per cent, and less the base's of that seed."""
+    settings: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for result in results:
+        setting = tuple(
+            result[name] for name in ("pictures", "steps", "teacher", "student", "test")
+        )
+        methods = settings.setdefault(setting, {})
+        methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
+    for (pictures, steps, teacher, student, _), methods in settings.items():
+        yield f"{pictures:,} pictures, {steps:,} steps, {teacher} to {student}"
+        for method, found in methods.items():
+            line = "  {:20} {:6.2f} ± {:.2f}".format(method, *mean_and_error([*found.values()]))
+            pairs = [
+                top - methods[base][seed] for seed, top in found.items() if seed in methods[base]
+            ]
+            if pairs and method != base:
+                line += "   {:+6.2f} ± {:.2f}".format(*mean_and_error(pairs))
+            yield f"{line}   {len(found)} seed{'s' if len(found) > 1 else ''}"
+
+
 def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     """The options that the scripts share."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
@@ -291,8 +315,17 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
 
 
 def main() -> None:
-    options = parser_of(__doc__, "students", tuple(METHODS)).parse_args()
-    run_all(cases_of(options), options, command="python examples/paper/students.py")
+    parser = parser_of(__doc__, "students", tuple(METHODS))
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="JSON of other calls")
+    options = parser.parse_args()
+    if options.merge:
+        every = [json.loads(path.read_text()) for path in options.merge]
+        results = [result for each in every for result in each["results"]]
+        content = every[0] | {"results": results}
+        write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
+        options.seeds = []  # nothing is run
+    results = run_all(cases_of(options), options, command="python examples/paper/students.py")
+    print("\n".join(table(results)), file=sys.stderr)
 
 
 if __name__ == "__main__":
