@@ -14,9 +14,9 @@ one of each picture if the student has 45,000 (--pictures), 22 of each if it has
 set, once, when all is decided. Policies (Table 1) augment the views of pictures, without recipes.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
-other --seeds or --methods, one thread each, may share --work if each has an --out of its own; what
-stands in the JSON files given by --merge is taken over. A table of means and standard errors, and of
-paired differences to CutMix, goes to standard error.
+other --seeds or --methods, one thread each, may share --work if each has an --out of its own; --merge
+puts what stands in these together. A table of means, standard errors and paired differences to
+CutMix goes to standard error.
 """
 
 import argparse
@@ -271,11 +271,10 @@ def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
     for (pictures, steps, teacher, student, _), methods in settings.items():
         yield f"{pictures:,} pictures, {steps:,} steps, {teacher} to {student}"
+        others = methods.get(base, {})
         for method, found in methods.items():
             line = "  {:20} {:6.2f} ± {:.2f}".format(method, *mean_and_error([*found.values()]))
-            pairs = [
-                top - methods[base][seed] for seed, top in found.items() if seed in methods[base]
-            ]
+            pairs = [top - others[seed] for seed, top in found.items() if seed in others]
             if pairs and method != base:
                 line += "   {:+6.2f} ± {:.2f}".format(*mean_and_error(pairs))
             yield f"{line}   {len(found)} seed{'s' if len(found) > 1 else ''}"
