@@ -14,9 +14,9 @@ one of each picture if the student has 45,000 (--pictures), 22 of each if it has
 set, once, when all is decided. Policies (Table 1) augment the views of pictures, without recipes.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
-other --seeds or --methods, one thread each, may share --work if each has an --out of its own; --merge
-puts what stands in these together. A table of means, standard errors and paired differences to
-CutMix goes to standard error.
+other --seeds or --methods, one thread each, may share --work if each has an --out of its own, and
+--merge puts these together. A table of means, standard errors and paired differences to CutMix goes
+to standard error.
 """
 
 import argparse
