@@ -39,9 +39,11 @@ class Member:
                 f"{type(teacher).__name__}. Pass the model itself, or a list of models."
             )
         self.teacher: Callable[[Tensor], Any] = teacher
-        self.module = teacher if isinstance(teacher, nn.Module) else None
-        self.size = (size, size) if isinstance(size, int) else size
-        self.classes = None if classes is None else [int(label) for label in classes]
+        self.module: nn.Module | None = teacher if isinstance(teacher, nn.Module) else None
+        self.size: tuple[int, int] | None = (size, size) if isinstance(size, int) else size
+        self.classes: list[int] | None = (
+            None if classes is None else [int(label) for label in classes]
+        )
         self._dtype = dtype
         self._mean, self._std = mean, std
         self._device = None if device is None else _device_of(device)

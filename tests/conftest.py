@@ -1,4 +1,4 @@
-"""What every test gets: the same seeds, two threads, no network."""
+"""What every test gets: the same seeds, one thread a process (two without xdist), no network."""
 
 import os
 import random
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported; processes that tests start inherit both.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
@@ -16,7 +17,7 @@ import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(THREADS)
 hypothesis.settings.register_profile("same every run", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same every run")
 
