@@ -265,6 +265,11 @@ class MixBatch:
                 'output="concat": the originals need labels of their own, and none were found. '
                 'Pass labels_getter=, or take output="batch" and use batch.teacher.'
             )
+        if mixed.dtype != done.images.dtype:
+            raise ValueError(
+                f'output="concat": expected mixes of the originals\' {done.images.dtype}, got '
+                f"{mixed.dtype} from the transform. Convert pictures before they are stacked."
+            )
         labels = done.labels
         if targets.ndim == 2 and labels.ndim == 1:
             labels = torch.nn.functional.one_hot(labels, targets.shape[1])
@@ -319,7 +324,7 @@ class MixBatch:
 def refuse_dispatch(mixer: object) -> None:
     """Raise if Accelerate is about to concatenate, broadcast and slice this mixer's batches.
 
-    Tuples can not be cut out of a batch that was mixed elsewhere, so its dispatch mode can never
+    Tuples cannot be cut out of a batch that was mixed elsewhere, so its dispatch mode can never
     carry a MixBatch. Asked where the batch is made and where it arrives.
     """
     module = sys.modules.get("accelerate.data_loader")
@@ -330,7 +335,7 @@ def refuse_dispatch(mixer: object) -> None:
     active = GradientState().active_dataloader
     if isinstance(active, module.DataLoaderDispatcher) and active.collate_fn is mixer:
         raise RuntimeError(
-            "Accelerate's dispatch mode can not carry a MixBatch: it would broadcast one batch and "
+            "Accelerate's dispatch mode cannot carry a MixBatch: it would broadcast one batch and "
             "cut it into slices, while mixes refer to rows of the whole. It is the default for an "
             "IterableDataset. Use Accelerator(dataloader_config=DataLoaderConfiguration("
             "dispatch_batches=False)), or leave this loader unprepared and wrap it: "

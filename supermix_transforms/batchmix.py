@@ -127,7 +127,7 @@ class BatchMix(v2.Transform, ABC):
             if isinstance(leaf, (tv_tensors.KeyPoints, tv_tensors.Video)):
                 raise ValueError(
                     f"{type(self).__name__}: expected pictures, labels, masks or boxes, got "
-                    f"{type(leaf).__name__}, which can not be mixed. Take it out of the batch."
+                    f"{type(leaf).__name__}, which cannot be mixed. Take it out of the batch."
                 )
             if isinstance(leaf, tv_tensors.BoundingBoxes):
                 raise ValueError(

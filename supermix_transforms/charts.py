@@ -3,6 +3,7 @@
 Like those of `plots`, figures are plain `matplotlib.figure.Figure` objects.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +55,8 @@ def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "
     figure = _figure(8, 1 + 0.36 * len(bars))
     axes = figure.add_subplot()
     values = [bar.value for bar in bars if bar.value is not None] or [1.0]
+    if min(values) <= 0:
+        raise ValueError(f"bars: expected values above 0, for their logarithm, got {min(values)}.")
     least = 10 ** math.floor(math.log10(min(values)) - 0.3)  # every bar is seen
     axes.set_xscale("log")
     axes.set_xlim(least, 1.1 * max(values))  # the layout makes room for the texts
@@ -91,9 +94,8 @@ def histogram(series: Mapping[str, Sequence[float]], *, label: str) -> "Figure":
         ValueError: if there is no value.
         ImportError: if matplotlib is not installed.
     """
+    _expect(any(map(len, series.values())), f"series: expected at least one value of {label}")
     every = np.concatenate([np.asarray(values, dtype=float) for values in series.values()])
-    if len(every) == 0:
-        raise ValueError(f"series: expected at least one value of {label}, got none.")
     low, high = float(every.min()), float(every.max())
     if (every == every.round()).all() and high - low < BARS_AT_MOST:
         edges = np.arange(low, high + 2) - 0.5
@@ -101,7 +103,9 @@ def histogram(series: Mapping[str, Sequence[float]], *, label: str) -> "Figure":
         edges = np.linspace(low, high if high > low else low + 1, BARS_AT_MOST)
     figure = _figure(4.5, 3.0)
     axes = figure.add_subplot()
-    for (name, values), color in zip(series.items(), (CURVE, FAINT), strict=False):
+    for (name, values), color in zip(
+        series.items(), itertools.cycle((CURVE, FAINT, *SERIES[1:])), strict=False
+    ):
         weights = np.full(len(values), 1 / max(1, len(values)))
         axes.hist(values, edges.tolist(), weights=weights, color=color, alpha=0.7, label=name)
     if len(series) > 1:
@@ -180,7 +184,9 @@ def embedding_planes(kinds: Mapping[str, Embedding], class_names: Sequence[str])
         if axes in others:
             first = next(iter(kinds.values()))
             _points(axes, [point for cloud in first.points for point in cloud], OTHER)
-        for cloud, color, label in zip(kind.points, SERIES, class_names, strict=False):
+        for cloud, color, label in zip(
+            kind.points, itertools.cycle(SERIES), class_names, strict=False
+        ):
             _points(axes, cloud, color, label)
         mean = sum(kind.c_std) / len(kind.c_std)
         axes.set_title(f"{name}\nc-std {mean:.2f}", fontsize=FONT)
@@ -237,6 +243,8 @@ def setting_curves(
     figure = _figure(4.5, 3.2)
     axes = figure.subplots()
     for number, (name, values) in enumerate(series.items()):
+        if not values:
+            continue
         found = [(value, *mean_and_error(values[value])) for value in sorted(values)]
         places, means, errors = (np.array(column) for column in zip(*found, strict=True))
         color = SERIES[number % len(SERIES)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from supermix_transforms.data.pictures import png, read_picture, to_tensor
 from supermix_transforms.files import write_atomically
 from supermix_transforms.inputs import identities
+from supermix_transforms.member import device_of
 from supermix_transforms.mixing import Draw
 from supermix_transforms.models import NamedTeacher, load_teacher
 from supermix_transforms.plots import Panel, contact_sheet, make_panels, require_matplotlib
@@ -96,7 +97,7 @@ def named_labeler(
         device: None is a GPU, if there is one and the teacher is a module.
 
     Raises:
-        ValueError: if the teacher can not be called, or one of mean and std is missing.
+        ValueError: if the teacher cannot be called, or one of mean and std is missing.
     """
     model = teacher.model
     if not callable(model):
@@ -107,7 +108,8 @@ def named_labeler(
     if mean is None and std is None:
         mean, std = teacher.mean, teacher.std
     if isinstance(model, torch.nn.Module):
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device_of(wanted))
         device = None  # where its weights are
     return TeacherLabeler(model, mean=mean, std=std, size=teacher.size, device=device)
 
@@ -168,7 +170,7 @@ def mix_pictures(
     Raises:
         ValueError: for settings out of range, fewer pictures than k, pictures of several sizes, and
             "matched" with a teacher that has no class maps.
-        OSError: if a file can not be written.
+        OSError: if a file cannot be written.
         ImportError: if matplotlib is not installed.
     """
     from rich.console import Console

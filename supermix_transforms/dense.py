@@ -14,6 +14,8 @@ from supermix_transforms.results import Mixed
 
 __all__ = ["check_fits", "is_box_targets", "is_tv", "mix_boxes", "mix_masks", "refuse_untyped"]
 
+OF_PICTURES = {"image_id", "size", "orig_size"}
+
 
 def mix_masks(masks: Tensor, mixed: Mixed) -> Tensor:
     """Segmentation masks (B, ..., H, W) of the originals as those of the mixes, by pixel owner.
@@ -68,7 +70,7 @@ def mix_boxes(
 def _per_box_fields(targets: Sequence[Mapping[str, Any]], mixed: Mixed) -> list[str]:
     """Names of the fields that are as long as the boxes in every picture, checked.
 
-    In every picture, so that an image's size (H, W) is not taken for a field of two boxes.
+    Not those that torchvision and COCO have of the whole picture, however many boxes there are.
     """
     names = set(targets[0])
     if len(targets) != len(mixed) or any(set(each) != names for each in targets):
@@ -85,7 +87,12 @@ def _per_box_fields(targets: Sequence[Mapping[str, Any]], mixed: Mixed) -> list[
                 f"boxes: expected a tensor (n, 4) for each picture, got {got}. "
                 "Pass tv_tensors.BoundingBoxes, or x1, y1, x2, y2 in pixels."
             )
-    return [name for name in targets[0] if all(_is_per_box(each, name) for each in targets)]
+    names -= OF_PICTURES
+    return [
+        name
+        for name in targets[0]
+        if name in names and all(_is_per_box(each, name) for each in targets)
+    ]
 
 
 def _is_per_box(target: Mapping[str, Any], name: str) -> bool:
@@ -93,7 +100,7 @@ def _is_per_box(target: Mapping[str, Any], name: str) -> bool:
 
 
 def _box_shares(boxes: Tensor, owned: Tensor) -> Tensor:
-    """Share of each box's pixels that are owned, (n,); owned (H, W) bool."""
+    """Share of each box's pixels inside the picture that are owned, (n,); owned (H, W) bool."""
     if isinstance(boxes, tv_tensors.BoundingBoxes):
         boxes = v2.functional.convert_bounding_box_format(
             boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY
@@ -101,8 +108,9 @@ def _box_shares(boxes: Tensor, owned: Tensor) -> Tensor:
     height, width = owned.shape
     shares = []
     for x1, y1, x2, y2 in boxes.as_subclass(Tensor).tolist():
-        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
-        inside = owned[top : min(height, math.ceil(y2)), left : min(width, math.ceil(x2))]
+        left, right = (min(max(0, side), width) for side in (math.floor(x1), math.ceil(x2)))
+        top, bottom = (min(max(0, side), height) for side in (math.floor(y1), math.ceil(y2)))
+        inside = owned[top:bottom, left:right]
         shares.append(inside.float().mean().item() if inside.numel() else 0.0)
     return torch.tensor(shares, device=boxes.device)
 

@@ -47,7 +47,7 @@ def sha256_of(path: Path) -> str:
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; its file stays, or two could hold two of one name."""
-    import fcntl  # not on Windows, where the rest of the package works
+    import fcntl  # not on Windows, where nothing is generated, and no shard is fetched
 
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -71,6 +71,8 @@ def find_images(inputs: Any, labels: Any = None) -> list[Tensor]:
     Raises:
         ValueError: if there is none.
     """
+    if isinstance(inputs, Mapping) and not isinstance(inputs, dict):
+        inputs = dict(inputs)  # Hugging Face's BatchFeature, which torch's trees do not open
     leaves = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x is not labels]
     images: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, tv_tensors.Image)]
     if not images:
@@ -151,6 +153,11 @@ def check_labels(labels: object, batch: int, num_classes: int | None = None) -> 
             "Check the collate function, or pass labels_getter=."
         )
     if labels.ndim == 2:
+        if shape[1] == 1 or not (labels.is_floating_point() or bool((labels // 2 == 0).all())):
+            raise ValueError(
+                f"labels: expected probabilities (B, N), got {labels.dtype} of shape {shape} that "
+                "can be none. Pass class indices as (B,): labels.squeeze(1) of one column."
+            )
         if num_classes is not None and shape[1] != num_classes:
             raise ValueError(
                 f"labels: expected probabilities of {num_classes} classes, got shape {shape}. "

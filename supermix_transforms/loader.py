@@ -32,7 +32,7 @@ from supermix_transforms.inputs import (
     sample_keys,
     split_batch,
 )
-from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.mixing import Draw, label_mixes, or_labels, seeded
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -42,7 +42,7 @@ __all__ = ["MixLoader", "SuperMixCollate"]
 
 Unconverged = Literal["keep", "drop", "redraw"]
 REDRAWS = 2
-FOREIGN, AFTER = 3, 4  # purposes of random numbers, beside those of `mixing`
+FOREIGN, AFTER = 8, 9  # purposes of random numbers; mixing, partners and views have 0 to 5
 
 
 class _BatchMixer:
@@ -139,6 +139,11 @@ class _BatchMixer:
         """Somebody else's transform: it draws from torch's global generator, put back after it."""
         with seeded(Draw(self.seed, self.epoch, ids), FOREIGN, images.device):
             output = transform(images, labels) if labels is not None else transform(images)
+        if labels is not None and not (isinstance(output, (tuple, list)) and len(output) == 2):
+            raise ValueError(
+                f"mix: expected a transform of (images, labels) that returns both, got "
+                f"{type(output).__name__} from {type(transform).__name__}."
+            )
         pictures, targets = output if labels is not None else (output, None)
         itself = torch.arange(len(pictures), device=images.device)[:, None]
         masks = pictures.new_ones((len(pictures), 1, *pictures.shape[2:]), dtype=torch.float32)
@@ -165,8 +170,9 @@ class _BatchMixer:
         if labeler is None:
             return result
         if self._after is not None or result.mixed_teacher is None:
-            label = labeler(mixed.images)  # the teacher labels what is handed out
-            result = result._replace(mixed_teacher=label, targets=label.probs)
+            # the teacher labels what is handed out
+            label, mixed = label_mixes(labeler, mixed, result.labels)
+            result = result._replace(mixed=mixed, mixed_teacher=label, targets=label.probs)
         if result.teacher is None:
             result = result._replace(
                 teacher=_label_originals(labeler, result.images, result.labels)
@@ -253,6 +259,11 @@ class SuperMixCollate(_BatchMixer):
                 partner_cap=partner_cap,
                 settings=settings,
             )
+        elif (k, alpha, partners, settings) != (2, 3.0, "random", SolverSettings()):
+            raise ValueError(
+                "mix: expected k, alpha, partners and settings to be left out beside it, for they "
+                "are SuperMix's. Pass them to the transform that is given as mix=."
+            )
         super().__init__(
             mix,
             labeler or getattr(mix, "teacher", None),
@@ -281,7 +292,7 @@ class SuperMixCollate(_BatchMixer):
             ) from error
         images, labels, extra = split_batch(batch, self.labels_getter)
         return MixBatch(
-            images.detach(),  # what requires grad can not leave a worker
+            images.detach(),  # what requires grad cannot leave a worker
             None if labels is None else labels.detach(),
             ids=identities(images, sample_keys(batch)),
             extra=tree_map_only(Tensor, Tensor.detach, extra),
@@ -399,7 +410,7 @@ def _label_originals(
     labeler: TeacherLabeler, images: Tensor, labels: Tensor | None
 ) -> TeacherLabels:
     """The teacher's labels of originals, in float32; the samples' own must fit its classes."""
-    teacher = labeler.label(labeler.examine(images)[0])
+    logits = labeler.examine(images)[0]
     if labels is not None:
-        check_labels(labels, len(images), teacher.num_classes)
-    return teacher
+        labels = check_labels(labels, len(images), logits.shape[1])
+    return labeler.label(or_labels(logits, labels, temperature=labeler.temperature))

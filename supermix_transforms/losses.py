@@ -174,8 +174,8 @@ def supermix_kd_loss(
     return loss + kd_loss(mixed_logits, mixed_teacher_probs, mixed_targets, **options)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over rows; targets are indices (B,), or probabilities (B, N) of any floating dtype."""
     logits = widen(logits)
     targets = targets.to(logits) if targets.ndim == 2 else targets
-    return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    return F.cross_entropy(logits, targets)

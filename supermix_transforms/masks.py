@@ -138,7 +138,7 @@ def project(
     """Scale each row's logits so that its softmax masks have the wanted sparsity L_s (Eq. 5).
 
     The scale is found by bisection and approaches the wanted value from below, so L_s never exceeds
-    it where it can be reached at all (logits that are equal over k can not be sharpened).
+    it where it can be reached at all (logits that are equal over k cannot be sharpened).
 
     Args:
         logits: (B, k, w, w) float32.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from supermix_transforms.heads import Head, eager, find_head, watching
 from supermix_transforms.results import ClassMaps
 
-__all__ = ["Member", "evaluating"]
+__all__ = ["Member", "device_of", "evaluating"]
 
 OVERSHOOT = 0.5  # beyond 0..1, which bicubic resizing of floats may leave by a little
 
@@ -45,8 +45,15 @@ class Member:
             None if classes is None else [int(label) for label in classes]
         )
         self._dtype = dtype
+        if mean is not None and std is not None:
+            mean, std = tuple(map(float, mean)), tuple(map(float, std))
+            if len(mean) != len(std) or not all(value > 0 for value in std):
+                raise ValueError(
+                    f"mean, std: expected one of each channel, all of std above 0, got {mean} and "
+                    f"{std}."
+                )
         self._mean, self._std = mean, std
-        self._device = None if device is None else _device_of(device)
+        self._device = None if device is None else device_of(device)
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._channels_last = True
         self._head: Head | None = None
@@ -128,6 +135,8 @@ class Member:
         return torch.autocast(device.type, dtype=dtype)
 
     def _preprocess(self, images: Tensor) -> Tensor:
+        if self.device is not None:
+            images = images.to(self.device)
         if not images.is_floating_point():
             images = images.float() / 255
         if self._mean is not None and self._std is not None:
@@ -198,7 +207,7 @@ class Member:
         return answer
 
 
-def _device_of(device: torch.device | str) -> torch.device:
+def device_of(device: torch.device | str) -> torch.device:
     """As tensors there have it: of index 0 where "cuda" has none."""
     try:
         return torch.empty(0, device=device).device

@@ -197,7 +197,8 @@ def contrast(images: Tensor, cells: int) -> Tensor:
     detail = (fine - blur(fine, side / CONTRAST_SCALE)).abs().mean(dim=1)
     seen = average(detail, (cells, cells))
     mean = seen.mean(dim=(1, 2), keepdim=True)
-    return torch.where((mean > 1e-6 * fine.abs().mean()) & mean.isfinite(), seen / mean, 1.0)
+    least = 1e-6 * fine.abs().mean(dim=(1, 2, 3))[:, None, None]
+    return torch.where((mean > least) & mean.isfinite(), seen / mean, 1.0)
 
 
 def ask(teacher: Logits, pictures: Tensor, dtype: torch.dtype) -> Tensor:

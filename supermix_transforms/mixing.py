@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.inputs import check_device, check_images
-from supermix_transforms.results import ClassMaps, Mixed, Outcome
+from supermix_transforms.results import ClassMaps, Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings, solve
-from supermix_transforms.teacher import as_labeler
+from supermix_transforms.teacher import TeacherLabeler, as_labeler
 
 __all__ = [
     "Draw",
@@ -26,6 +27,7 @@ __all__ = [
     "draw_ring",
     "draw_weights",
     "generator",
+    "label_mixes",
     "or_labels",
     "seeded",
     "soft_targets",
@@ -171,14 +173,38 @@ def weighted_labels(mixed: Mixed, labels: Tensor, num_classes: int) -> Tensor:
     return targets.to(labels.dtype) if labels.is_floating_point() else targets
 
 
-def or_labels(logits: Tensor, labels: Tensor | None, lost: Tensor | None = None) -> Tensor:
-    """Logits with the sample's own label in rows where the teacher's answer is not finite."""
+def or_labels(
+    logits: Tensor,
+    labels: Tensor | None,
+    lost: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Logits with the sample's own label in rows where the teacher's answer is not finite.
+
+    They are those of the label at the temperature that they will be divided by.
+    """
     lost = ~logits.isfinite().all(dim=1) if lost is None else lost
     if labels is None:
-        return torch.where(lost[:, None], logits.nan_to_num(0.0, 0.0, 0.0), logits)
+        return torch.where(lost[:, None], temperature * logits.nan_to_num(0.0, 0.0, 0.0), logits)
     if labels.ndim == 1:
         labels = torch.nn.functional.one_hot(labels, logits.shape[1])
-    return torch.where(lost[:, None], labels.float().clamp(min=1e-12).log(), logits)
+    own = temperature * labels.float().clamp(min=1e-12).log()
+    return torch.where(lost[:, None], own, logits)
+
+
+def label_mixes(
+    labeler: TeacherLabeler, mixed: Mixed, labels: Tensor | None
+) -> tuple[TeacherLabels, Mixed]:
+    """The teacher's labels of mixes; where it has no finite answer, Eq. 2's, and that outcome."""
+    logits = labeler.ask(mixed.images)
+    lost = ~logits.isfinite().all(dim=1)
+    if not bool(lost.any()):
+        return labeler.label(logits), mixed
+    expected = None if labels is None else weighted_labels(mixed, labels, logits.shape[1])
+    own = or_labels(logits, expected, lost, temperature=labeler.temperature)
+    gone = torch.full_like(mixed.outcome, Outcome.NOT_FINITE)
+    return labeler.label(own), replace(mixed, outcome=torch.where(lost, gone, mixed.outcome))
 
 
 def supermix(

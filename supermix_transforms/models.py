@@ -45,7 +45,7 @@ def load_teacher(name: str, *, weights: str | Path | None = None) -> NamedTeache
 
     Raises:
         ValueError: if the name, the file or the function is not found, the function fails, the
-            weights do not fit, or the pretrained ones can not be had (offline).
+            weights do not fit, or the pretrained ones cannot be had (offline).
         ImportError: if the library that the name asks for is not installed.
     """
     if name.endswith(".py") or ".py:" in name:  # first, since paths have slashes, too
@@ -91,7 +91,7 @@ def load_student(name: str, num_classes: int, *, weights: str | Path | None = No
         _check_name("pytorchcv", net, provider._models, "student")
         model = provider.get_model(net, pretrained=False, num_classes=num_classes)
     else:
-        forms = FORMS.replace(" efficientnet-lite0 or", " or").replace(",  or", " or")
+        forms = FORMS.replace(", efficientnet-lite0 or", " or")
         raise ValueError(f"student: expected {forms}, got {name!r}. Write one of these forms.")
     if weights is not None:
         _fill(name, model, read_state(weights))

@@ -38,7 +38,8 @@ class ClassMaps(NamedTuple):
 
     def maps(self) -> Tensor:
         """The share of each cell in each logit, (B, N, h, w) float32, without the bias."""
-        return torch.einsum("nd,bdhw->bnhw", self.weight, self.features)
+        with torch.autocast(self.features.device.type, enabled=False):
+            return torch.einsum("nd,bdhw->bnhw", self.weight, self.features)
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,16 +69,21 @@ class SolverSettings:
             raise ValueError(f"method: expected one of {names}, got {self.method!r}.")
         for name, least in (("mask_size", 1), ("max_steps", 0), ("polish", 0), ("memory", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if not self._unset(name) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}.")
         for name in ("sigma", "margin", "max_kl", "lambda_s", "lambda_tv", "lr"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < float("inf")):
+            if not self._unset(name) and not (_is_number(value) and 0 <= value < float("inf")):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value!r}.")
         if self.sparsity is not None and not (_is_number(self.sparsity) and 0 < self.sparsity < 1):
             raise ValueError(f"sparsity: expected a number in (0, 1), got {self.sparsity!r}.")
         if not (_is_number(self.min_share) and 0 <= self.min_share < 1):
             raise ValueError(f"min_share: expected a number in [0, 1), got {self.min_share!r}.")
+
+    def _unset(self, name: str) -> bool:
+        """Whether it is None, and None means something."""
+        default = type(self).__dataclass_fields__[name].default
+        return default is None and getattr(self, name) is None
 
     def resolve(self, k: int, size: tuple[int, int], *, half: bool = False) -> Resolved:
         """Every None filled in, for k images of (height, width) pixels.
@@ -87,7 +92,7 @@ class SolverSettings:
 
         Raises:
             ValueError: if the mask has more cells than the picture has pixels, or for a sparsity
-                that masks of k images can not have.
+                that masks of k images cannot have.
         """
         short = min(size)
         cells = 8 if self.method != "fast" and short <= 64 else 16

@@ -280,7 +280,7 @@ def _chunk(
     if known.peak(count, size) > settings.memory:
         image = images[0] / 255 if images.dtype == torch.uint8 else images[0]
         measured = activation_bytes(teacher, image)
-        known = known._replace(graph=known.graph - known.activations + measured)
+        known = known._replace(activations=measured)
     return known.rows_within(settings.memory, size)
 
 

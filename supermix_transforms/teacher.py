@@ -6,6 +6,7 @@ map, the class maps from which the fast solver starts.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,12 +28,12 @@ class TeacherLabeler:
     Args:
         teacher: a module or callable, images (B, C, H, W) -> logits (B, N) or an object with
             ``.logits``; or a list of them. Members of a list may be labelers, each with its own
-            mean, std, size, dtype and device; there are none here then.
+            mean, std, size, dtype and device; leave these out here then.
         mean: per channel, of pictures in 0..1; subtracted before the teacher.
         std: per channel; divides after the mean.
         size: side in pixels, or (height, width), that pictures are resized to for the teacher only.
-        classes: those of the teacher's that your data has, in the order of your labels; None: all.
-            Of an ImageNet teacher and 100 folders, say: labels are 0..99 on both sides then.
+        classes: indices of those of the teacher's classes that your data has, in the order of your
+            labels; its answer is cut down to them. None is all.
         temperature: of the probabilities, > 0.
         top: keep the n largest probabilities of each label (float16) instead of all N.
         dtype: of autocast. None is float32 on the CPU and bfloat16 on CUDA. The classes of
@@ -105,8 +106,17 @@ class TeacherLabeler:
             RuntimeError: if the labeler was pickled.
         """
         with torch.inference_mode(False), torch.no_grad():
-            images = self.prepare(images)
-            return self.label(torch.cat([self.logits(part) for part in _parts(images)]))
+            return self.label(self.ask(images))
+
+    def ask(self, images: Tensor) -> Tensor:
+        """Logits (B, N) float32 of pictures as for a call, without gradients.
+
+        Raises:
+            ValueError, RuntimeError: as a call.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            parts = _parts(self.prepare(images))
+            return torch.cat([self.logits(part) for part in parts])
 
     def label(self, logits: Tensor) -> TeacherLabels:
         """Labels of logits (B, N), at this labeler's temperature and top."""
@@ -117,7 +127,8 @@ class TeacherLabeler:
 
         Several teachers give the logarithm of their mean probability. `precise`: without autocast.
         """
-        return self._mean([member(images, precise=precise) for member in self._alive()])
+        answers = [member(images, precise=precise) for member in self._alive()]
+        return self._mean([answer.to(images.device) for answer in answers])
 
     @property
     def half(self) -> bool:
@@ -135,7 +146,7 @@ class TeacherLabeler:
                 "Mean probabilities need teachers of one data set."
             )
         log_probs = torch.stack([answer.log_softmax(dim=1) for answer in answers])
-        return log_probs.logsumexp(dim=0) - torch.tensor(float(len(answers))).log().item()
+        return log_probs.logsumexp(dim=0) - math.log(len(answers))
 
     def examine(self, images: Tensor) -> tuple[Tensor, ClassMaps | None]:
         """One float32 forward of the originals: logits (B, N), and class maps if there are any."""
@@ -171,8 +182,12 @@ class TeacherLabeler:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the teacher runs; None for a callable that takes pictures where they are."""
-        return self._alive()[0].device
+        """Where the teacher runs, of several the first one that is anywhere.
+
+        None for a callable that takes pictures where they are.
+        """
+        devices = (member.device for member in self._alive())
+        return next((device for device in devices if device is not None), None)
 
     @property
     def digest(self) -> str:
@@ -219,8 +234,8 @@ class TeacherLabeler:
 
 
 def _parts(images: Tensor) -> Sequence[Tensor]:
-    """A batch as a teacher is given it; one without pictures is one part."""
-    size = group_size(images) if len(images) > 0 else None
+    """A batch as a teacher is given it: on a CPU, a few at a time."""
+    size = group_size(images)
     return (images,) if size is None else images.split(size)
 
 

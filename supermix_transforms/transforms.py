@@ -23,6 +23,7 @@ from supermix_transforms.mixing import (
     draw_ring,
     draw_weights,
     generator,
+    label_mixes,
     or_labels,
     supermix,
     unmixed,
@@ -53,7 +54,7 @@ class SuperMix(BatchMix):
         partner_cap: how often a picture may be a partner in each place of a tuple (matched).
         settings: the solver's.
         labels_getter: as in torchvision's MixUp; None where the batch has no labels.
-        box_threshold: share of its area that a box must own in the mix to be kept.
+        box_threshold: least share of a box that must still be seen in the mix for it to be kept.
         seed: None draws from torch's global generator; an integer makes the draw depend on it, the
             epoch (`set_epoch`) and the pictures alone.
 
@@ -105,10 +106,11 @@ class SuperMix(BatchMix):
             relabel: nothing here; the labels come from the search.
         """
         with torch.inference_mode(False), self.teacher.ready():
+            tau = self.teacher.temperature
             logits, maps = self.teacher.examine(images)
             if labels is not None:
                 labels = check_labels(labels, len(images), logits.shape[1])
-            teacher = self.teacher.label(or_labels(logits, labels))
+            teacher = self.teacher.label(or_labels(logits, labels, temperature=tau))
             if len(images) < self.k:
                 mixed = replace(unmixed(images, self.k), logits=logits)
                 return MixResult(images, labels, teacher, mixed, teacher, teacher.probs)
@@ -131,7 +133,7 @@ class SuperMix(BatchMix):
             assert mixed.logits is not None
             lost = mixed.outcome == Outcome.NOT_FINITE
             expected = None if labels is None else weighted_labels(mixed, labels, logits.shape[1])
-            label = self.teacher.label(or_labels(mixed.logits, expected, lost))
+            label = self.teacher.label(or_labels(mixed.logits, expected, lost, temperature=tau))
             return MixResult(images, labels, teacher, mixed, label, label.probs)
 
     def _supermix(
@@ -227,7 +229,7 @@ class _Blind(BatchMix):
         if relabel:
             return MixResult(images, labels, None, mixed, None, None)
         if self.teacher is not None:
-            label = self.teacher(mixed.images)
+            label, mixed = label_mixes(self.teacher, mixed, labels)
             if self.num_classes not in (None, label.num_classes):
                 raise ValueError(
                     f"num_classes: expected {label.num_classes}, the teacher's, got "
@@ -274,14 +276,17 @@ class CutMix(_Blind):
         num_classes: N, needed where labels are class indices and there is no teacher.
         teacher: labels the mixes; without it the sources' labels are weighted by realised area.
         labels_getter: as in torchvision's CutMix; None where the batch has no labels.
-        box_threshold: share of its area that a box must own in the mix to be kept.
+        box_threshold: least share of a box that must still be seen in the mix for it to be kept.
         seed: as for `SuperMix`.
     """
 
     def _masks(self, draw: Draw, sources: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = size
         owner = np.zeros((len(sources), height, width), dtype=np.int64)
-        shares = weights.numpy() / np.cumsum(weights.numpy(), axis=1)
+        parts = weights.numpy().astype(np.float64)
+        upto = np.cumsum(parts, axis=1)
+        # a small alpha leaves nothing of some images
+        shares = np.divide(parts, upto, out=np.zeros_like(parts), where=upto > 0)
         for row, ids in enumerate(draw.ids[sources].tolist()):
             random = generator(draw, ids, purpose=2)
             for i in range(1, sources.shape[1]):

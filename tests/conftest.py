@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported; processes that tests start inherit both.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ["OMP_NUM_THREADS"] = str(THREADS)
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
@@ -17,7 +16,7 @@ import torch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("same every run", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same every run")
 
@@ -50,3 +49,13 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip("needs ../shared/data, which is not beside this checkout")
     return DATA
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """A process has one Accelerator's precision; here, many runs share the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()

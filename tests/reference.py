@@ -1,6 +1,6 @@
 """Slow and obvious: the paper's equations one tuple at a time, written without the package.
 
-Nothing here imports `supermix_transforms`, so that a mistake there can not hide here.
+Nothing here imports `supermix_transforms`, so that a mistake there cannot hide here.
 """
 
 import math

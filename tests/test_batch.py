@@ -362,7 +362,7 @@ def test_a_batch_unpacks_to_mixes_and_targets():
 
 def test_a_pickled_batch_holds_its_raw_parts_and_no_mixer():
     mixer = Halver()
-    mixer.secret = lambda: None  # can not be pickled
+    mixer.secret = lambda: None  # cannot be pickled
     batch = make_batch(mixer)
     back = pickle.loads(pickle.dumps(batch))
     assert_close(back.images, IMAGES)

@@ -143,3 +143,20 @@ def test_a_settings_curve_shows_means_and_their_standard_errors():
 def test_nothing_to_draw_is_an_error(draw):
     with pytest.raises(ValueError, match=r"expected .*, got none"):
         draw()
+
+
+def test_a_method_without_a_value_is_left_out():
+    (axes,) = setting_curves({"a": {1.0: [0.5]}, "b": {}}, label="k").axes
+    assert len(axes.containers) == 1
+
+
+def test_every_series_of_a_histogram_is_drawn():
+    (axes,) = histogram({"a": [1], "b": [2], "c": [3]}, label="steps").axes
+    assert len(axes.get_legend().get_texts()) == 3
+    with pytest.raises(ValueError, match="expected at least one value of steps, got none"):
+        histogram({}, label="steps")
+
+
+def test_a_bar_of_no_length_has_no_logarithm():
+    with pytest.raises(ValueError, match="bars: expected values above 0"):
+        cost_bars([Bar("fast", 0.0, "0 ms")])

@@ -228,7 +228,7 @@ def test_a_torn_picture_is_named(folder, capsys):
     colour(1).resize((64, 64)).save(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert mix(folder) == 2
-    assert "got 'inner/torn.jpg', which Pillow can not read: " in error_of(capsys)
+    assert "got 'inner/torn.jpg', which Pillow cannot read: " in error_of(capsys)
 
 
 def test_an_empty_folder_is_an_error(folder, capsys):
@@ -597,16 +597,6 @@ def run_of(distilling, name: str, *options: str) -> list[str]:
     return [*distilling[:1], *distilling[3:-1], f"{distilling[-1]}-{name}", *options, "--json"]
 
 
-@pytest.fixture
-def own_precision():
-    """A process has one Accelerator's precision; here, many runs share the process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
 @pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize(
     "options",
@@ -672,8 +662,10 @@ def test_distill_tells_a_tracker(distilling, photos, capsys):
     [
         ([], "distill: expected --teacher, --recipes or --mixed-shards, got none of them"),
         (["--learn", "originals"], "distill: expected a number of classes, got no teacher"),
-        (["--recipes", "x", "--augment", "cutout"], "recipes: expected no --augment beside them"),
-        (["--recipes", "x", "--k", "3", "--num-classes", "9"], "recipes: expected no --k beside"),
+        (["--recipes", "x", "--augment", "cutout"], "distill: expected no --augment with --rec"),
+        (["--recipes", "x", "--num-classes", "9", "--k", "3"], "distill: expected no --num-cl"),
+        (["--learn", "originals", "--mix", "mixup"], "distill: expected no --mix with --learn"),
+        (["--recipes", "x", "--weights", "w.pt"], "distill: expected no --weights with no --teach"),
         (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
         (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),
         (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),

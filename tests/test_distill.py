@@ -488,3 +488,45 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
 def test_settings_out_of_range_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         DistillSettings(**options)
+
+
+def test_a_loss_that_is_not_finite_is_not_kept_in_a_checkpoint(tmp_path):
+    settings = DistillSettings(epochs=1, lr=1e30, warmup_epochs=0, save_steps=2)
+    with pytest.raises(ValueError, match="Begin in another folder"):
+        distill(student(), plain(), None, tmp_path, settings=settings)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize("kd", ["none", "originals", "both"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_label_smoothing_is_of_the_originals_whatever_else_is_learned(kd, mixed):
+    batch = next(iter(online(target="hard") if mixed else plain()))
+    net = student().eval()
+    losses = []
+    for smoothing in (0.0, 0.3):
+        settings = DistillSettings(kd=kd, label_smoothing=smoothing)
+        loss, _ = loss_of(net, batch, settings, TeacherLabeler(colour_teacher()))
+        losses.append(loss.item())
+    images, labels = (batch.images, batch.labels) if mixed else batch
+    logits = net(images)
+    plainly, smoothed = (
+        F.cross_entropy(logits, labels, label_smoothing=smoothing) for smoothing in (0.0, 0.3)
+    )
+    weight = 1.0 if kd == "none" else 0.9
+    assert losses[1] - losses[0] == pytest.approx(float(weight * (smoothed - plainly)), abs=1e-5)
+
+
+def test_a_student_with_tied_weights_is_kept(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, NUM_CLASSES)
+            self.second = self.first
+
+        def forward(self, images):
+            return self.second(images.mean(dim=(2, 3)))
+
+    whole = distill(Tied(), plain(), held_out(), tmp_path, settings=FEW)
+    kept = load_file(tmp_path / "best.safetensors")
+    assert torch.equal(kept["first.weight"], kept["second.weight"])
+    assert distill(Tied(), plain(), held_out(), tmp_path, settings=FEW).top1 == whole.top1

@@ -196,12 +196,40 @@ def test_a_picture_that_can_not_be_read(shards, tmp_path, on_error):
     tar.write_bytes(content[:at] + bytes(8) + content[at + 8 :])
     dataset = ShardDataset(copy, transform=VIEW, on_error=on_error)
     if on_error == "raise":
-        with pytest.raises(ValueError, match="which Pillow can not read"):
+        with pytest.raises(ValueError, match="which Pillow cannot read"):
             run(dataset, tmp_path / "out")
         return
     with pytest.warns(UserWarning, match="1 samples skipped"):
         summary = run(dataset, tmp_path / "out")
     assert (summary.mixes, summary.skipped) == (COUNT - 1, 1)
+
+
+@pytest.mark.parametrize("form", ["recipes", "shards"])
+def test_a_batch_of_which_nothing_can_be_read_makes_no_mixes(shards, tmp_path, form):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    for tar in copy.glob("*.tar"):  # all pictures but the first one's
+        content = bytearray(tar.read_bytes())
+        at = content.index(b"\x89PNG") + 1
+        while (at := content.find(b"\x89PNG", at)) >= 0:
+            content[at : at + 8] = bytes(8)
+        tar.write_bytes(content)
+        (copy / f"{tar.name}.index").unlink(missing_ok=True)
+    dataset = ShardDataset(copy, transform=VIEW, on_error="skip")
+    with pytest.warns(UserWarning, match="skipped"):
+        summary = run(dataset, tmp_path / "out", form=form, batch_size=2, unit_batches=2)
+    assert summary.finished == summary.units
+    assert summary.mixes == len(list(copy.glob("*.tar"))) < COUNT
+    assert inspect_mixes(tmp_path / "out", verify=True).problems == ()
+
+
+def test_pictures_that_are_lost_in_jpeg_have_not_converged(dataset, tmp_path, monkeypatch):
+    noise = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(
+        "supermix_transforms.offline.forms.decoded",
+        lambda files: noise.expand(len(files), -1, -1, -1),
+    )
+    options = {"form": "shards", "picture_format": "jpg"}
+    assert run(dataset, tmp_path, **options).converged < COUNT / 2
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])

@@ -383,9 +383,10 @@ def test_a_short_last_batch_is_handed_on_unmixed(teacher):
     assert last.masks.sum(dim=1).unique().tolist() == [1]
 
 
-@pytest.mark.parametrize("mix", [None, MixUp(k=3, num_classes=4), CutMix(k=3, num_classes=4)])
-def test_a_batch_size_under_k_is_an_error_at_the_first_batch(teacher, mix):
-    loader = DataLoader(Pictures(7), 2, collate_fn=SuperMixCollate(teacher, k=3, mix=mix))
+@pytest.mark.parametrize("kind", [SuperMix, MixUp, CutMix])
+def test_a_batch_size_under_k_is_an_error_at_the_first_batch(teacher, kind):
+    mix = kind(teacher=teacher, k=3)
+    loader = DataLoader(Pictures(7), 2, collate_fn=SuperMixCollate(teacher, mix=mix))
     with pytest.raises(
         ValueError, match="batches of at least k=3 pictures, got 2 in the first one"
     ):
@@ -437,7 +438,7 @@ def test_a_random_after_depends_on_seed_and_epoch_alone(teacher):
 
 
 def test_after_is_drawn_for_each_picture(teacher):
-    samples = list(Pictures(8))
+    samples = list(Pictures(16))
     plain = SuperMixCollate(teacher)(samples).mixed
     flipped = SuperMixCollate(teacher, after=v2.RandomHorizontalFlip())(samples).mixed
     rows = [torch.equal(one, other) for one, other in zip(plain, flipped, strict=True)]
@@ -813,7 +814,7 @@ def test_dispatch_mode_is_an_error_that_names_the_cure(accelerate, teacher, work
     )
     loader = accelerator.prepare(loader)
     assert type(loader).__name__ == "DataLoaderDispatcher"
-    message = r"dispatch mode can not carry a MixBatch.*dispatch_batches=False"
+    message = r"dispatch mode cannot carry a MixBatch.*dispatch_batches=False"
     assert_first_raises(loader, RuntimeError, message)
 
 
@@ -955,3 +956,58 @@ def test_around_a_timm_loader():
     assert len(forms) == len(wrapper) == 2
     assert forms[0][0].shape == (3, 3, 24, 24)
     assert forms[0][1].shape == (3, 1000)
+
+
+class Forgetful(torch.nn.Module):
+    """NaN for dark pictures."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        logits = self.net(images)
+        dark = images.mean(dim=(1, 2, 3)) < 0.5
+        return torch.where(dark[:, None], torch.nan, logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("after", [None, lambda image: image])
+@pytest.mark.parametrize("kind", [SuperMix, MixUp, CutMix])
+def test_where_the_teacher_has_no_answer_the_label_is_that_of_the_sources(
+    teacher, kind, after, temperature
+):
+    images, labels = torch.rand(8, 3, 9, 7), torch.arange(8) % NUM_CLASSES
+    images[::2] *= 0.6
+    labeler = TeacherLabeler(Forgetful(teacher), temperature=temperature)
+    (batch,) = MixLoader([(images, labels)], kind(teacher=labeler), after=after, labeler=labeler)
+    lost = batch.outcome == Outcome.NOT_FINITE
+    assert lost.any()
+    assert batch.targets.isfinite().all()
+    assert batch.teacher.probs.isfinite().all()
+    sources = labels[batch.sources[lost]]
+    held = batch.targets[lost].gather(1, sources).sum(dim=1)
+    same = sources[:, 0] == sources[:, 1]
+    assert_close(torch.where(same, held / 2, held), torch.ones(int(lost.sum())), atol=1e-3, rtol=0)
+
+
+def test_settings_of_supermix_beside_another_mix_are_an_error(teacher):
+    with pytest.raises(ValueError, match="mix: expected k, alpha, partners and settings to be"):
+        SuperMixCollate(teacher, k=3, mix=MixUp(teacher=teacher))
+
+
+def test_a_transform_that_loses_the_labels_is_an_error(teacher):
+    batch = SuperMixCollate(teacher, mix=lambda images, labels: images)(list(Pictures(4)))
+    with pytest.raises(ValueError, match=r"mix: expected a transform of \(images, labels\)"):
+        batch.mix()
+
+
+def test_originals_and_mixes_of_two_dtypes_are_not_put_together(teacher):
+    def doubled(images, labels):
+        return images.double(), labels
+
+    collate = SuperMixCollate(teacher, mix=doubled, output="concat")
+    with pytest.raises(
+        ValueError, match=r"concat.*expected mixes of the originals' torch\.float32"
+    ):
+        collate(list(Pictures(4))).to("cpu")

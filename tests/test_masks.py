@@ -179,7 +179,7 @@ def test_projection_forgets_scale_and_offset():
 
 def test_projection_treats_rows_alone():
     z = torch.randn(5, 2, 4, 4)
-    z[2] = 0  # equal over k: can not be sharpened, and disturbs nobody
+    z[2] = 0  # equal over k: cannot be sharpened, and disturbs nobody
     together = project(z, 0.07, (9, 7))
     assert (together[2] == 0).all()
     for row in (0, 1, 3, 4):

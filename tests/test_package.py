@@ -57,7 +57,7 @@ def test_public_names_are_there_once():
 
 @pytest.mark.parametrize(("name", "value"), public())
 def test_public_names_have_docstrings(name, value):
-    assert inspect.isclass(value) or inspect.isroutine(value)  # a bare value can not say what it is
+    assert inspect.isclass(value) or inspect.isroutine(value)  # a bare value cannot say what it is
     text = value.__doc__ if inspect.isroutine(value) else vars(value).get("__doc__")
     assert text
     assert text.strip()

@@ -88,7 +88,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 def test_a_picture_that_can_not_be_read_is_named(tmp_path, content):
     path = save(tmp_path / "b" / "torn.jpg", size=(64, 64))
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
-    with pytest.raises(ValueError, match=r"got 'b/torn.jpg', which Pillow can not read: \w+.*"):
+    with pytest.raises(ValueError, match=r"got 'b/torn.jpg', which Pillow cannot read: \w+.*"):
         list(PictureFiles(tmp_path))
 
 
@@ -152,7 +152,7 @@ def test_a_tar_gives_its_pictures_and_opens_no_pickle(tmp_path):
 
 def test_a_torn_picture_in_a_tar_is_named(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"1.png": encoded(), "2.png": encoded()[:-30]})
-    with pytest.raises(ValueError, match=r"got '2.png', which Pillow can not read"):
+    with pytest.raises(ValueError, match=r"got '2.png', which Pillow cannot read"):
         list(PictureFiles(path, size=24))
 
 

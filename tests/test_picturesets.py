@@ -1,5 +1,6 @@
 """Folders, torchvision's data sets, views of them, and pictures in the place of mixes."""
 
+import pickle
 import random
 
 import pytest
@@ -8,8 +9,9 @@ import torchvision.datasets
 from colours import NUM_CLASSES, colour_teacher, pictures
 from PIL import Image
 from tars import picture, write_colours
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
 from supermix_transforms import ShardDataset, SuperMixCollate, TeacherLabeler
 from supermix_transforms.data.picturesets import (
@@ -241,3 +243,27 @@ def test_views_of_other_pictures_change(tmp_path):
     torch.manual_seed(0)
     first, second = mix(images, labels)[0][0], mix(images, labels)[0][0]
     assert not torch.equal(first, second)
+
+
+def test_a_folder_goes_to_workers_that_are_spawned(tmp_path):
+    to_pil_image(torch.zeros(3, 8, 8)).save(tmp_path / "a.png")
+    pictures = pickle.loads(pickle.dumps(open_folder(tmp_path)))
+    assert [index for index, *_ in pictures.readable([0])] == [0]
+
+
+def test_labels_that_are_no_indices_are_an_error():
+    pictures = PictureSet([(None, [1, 2])], ["a"])
+    with pytest.raises(ValueError, match="labels: expected class indices, got others"):
+        labels_of(pictures, [0])
+
+
+def test_other_pictures_may_be_any_data_set():
+    class Plain(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, row):
+            return torch.full((3, 4, 4), row, dtype=torch.uint8), 0
+
+    images = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    assert OtherPictures(Plain())(images).shape == images.shape

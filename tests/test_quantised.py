@@ -116,3 +116,10 @@ def test_odd_sizes(cells, size):
     parts = exact_parts(quantise(logits(2, cells)), size)
     assert parts.shape == (5, 2, *size)
     assert (parts.int().sum(dim=1) == LEVELS).all()
+
+
+def test_masks_are_the_same_under_autocast():
+    logits = (torch.randn(2, 2, 5, 5) / STEP).round().clamp(-60, 60) * STEP
+    expected = render(logits, (33, 33), quantised=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(render(logits, (33, 33), quantised=True), expected)

@@ -127,5 +127,5 @@ def test_shards_split_by_node_reach_each_rank_once_and_are_mixed(ranks):
 def test_dispatch_mode_ends_both_ranks_with_the_cure(tmp_path):
     process = torchrun("dispatch", tmp_path)
     assert process.returncode != 0
-    assert "RuntimeError: Accelerate's dispatch mode can not carry a MixBatch" in process.stderr
+    assert "RuntimeError: Accelerate's dispatch mode cannot carry a MixBatch" in process.stderr
     assert "dispatch_batches=False" in process.stderr

@@ -189,7 +189,7 @@ def change_layout(**values):
         (change_layout(settings=5), "settings: expected a sha256"),
         (change_layout(more=1), "unexpected keyword argument"),
         (change_group(originals=1 << 40), "counts that do not fit"),
-        (change_group(mixes=-5), "counts that are none"),
+        (change_group(mixes=-5), "counts that are negative or no"),
         (change_group(mixes=4), "counts that do not fit"),
         (change_group(kinds=[5, 0, 0]), "is|does not"),
         (change_group(originals=7), "does not have"),
@@ -239,7 +239,7 @@ def put(name, place, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (put("outcome", 0, 4), "an outcome is none"),
+        (put("outcome", 0, 4), "an outcome is unknown"),
         (put("flip", 0, 2), "flip is not 0 or 1"),
         (put("kind", 0, 3), "does not fit|instead of"),
         (put("crop", (0, 2), 0), "a crop has no pixels"),
@@ -248,8 +248,8 @@ def put(name, place, value):
         (put("index", (0, 0), 40), "index is no class"),
         (put("index", (0, slice(None)), 3), "index has a class twice"),
         (put("original_index", (0, 0), 40), "original_index is no class"),
-        (put("log_prob", (0, 0), 1.0), "log_prob is none"),
-        (put("log_prob", (0, 0), np.nan), "log_prob is none"),
+        (put("log_prob", (0, 0), 1.0), "log_prob is no logarithm"),
+        (put("log_prob", (0, 0), np.nan), "log_prob is no logarithm"),
         (put("log_prob", (0, 0), -60000), "classes are unordered"),
         (put("rest", 0, -0.5), "rest is no probability"),
         (put("rest", 0, np.nan), "rest is no probability"),

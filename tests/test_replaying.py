@@ -273,7 +273,7 @@ def test_other_shards_are_an_error(copy, tmp_path):
     recipes, shards = copy
     write_colours(shards, COUNT + 2)
     with pytest.raises(
-        ValueError, match=r"expected the 3 shards .* of which colours-0.tar is another"
+        ValueError, match=r"expected the 3 shards .* of which colours-0.tar differs"
     ):
         replay(recipes, ShardDataset(shards))
     with pytest.raises(ValueError, match=r"expected the 3 shards .* got 2"):

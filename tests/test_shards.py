@@ -104,7 +104,7 @@ def test_pictures_that_can_not_be_read_are_errors_or_counted(tmp_path, workers):
     torn = [("0007.png", picture(7)[:40]), ("0007.cls", b"7")]
     write_tar(tmp_path / "a.tar", [*samples(0, 7), *torn, *samples(8, 2)])
     loader = DataLoader(ShardDataset(tmp_path, transform=to_image), 5, num_workers=workers)
-    with pytest.raises(ValueError, match=r"got '0007 in .*which Pillow can not read"):
+    with pytest.raises(ValueError, match=r"got '0007 in .*which Pillow cannot read"):
         list(loader)
 
     dataset = ShardDataset(tmp_path, transform=to_image, on_error="skip")

@@ -814,3 +814,22 @@ def test_half_is_whether_any_teacher_answers_in_half_precision():
     assert TeacherLabeler(net, dtype=torch.bfloat16).half
     assert TeacherLabeler(half).half
     assert TeacherLabeler([net, half]).half
+
+
+def test_mean_and_std_are_one_of_each_channel():
+    with pytest.raises(ValueError, match="mean, std: expected one of each channel"):
+        TeacherLabeler(plain(), mean=[0.5] * 3, std=[0.2] * 2)
+    with pytest.raises(ValueError, match="all of std above 0"):
+        TeacherLabeler(plain(), mean=[0.5], std=[0.0])
+
+
+def test_the_digest_does_not_ask_how_the_mean_was_written():
+    net = plain()
+    one = TeacherLabeler(net, mean=[0.5] * 3, std=[0.2] * 3)
+    assert one.digest == TeacherLabeler(net, mean=(0.5,) * 3, std=(0.2,) * 3).digest
+
+
+def test_class_maps_are_float32_under_autocast():
+    maps = TeacherLabeler(plain()).class_maps(noise())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert maps.maps().dtype == torch.float32

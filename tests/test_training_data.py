@@ -4,8 +4,17 @@ import pytest
 import torch
 from colours import NUM_CLASSES, colour_teacher
 from tars import picture, write_colours, write_tar
+from torchvision.transforms.v2.functional import to_pil_image
 
-from supermix_transforms import MixBatch, ShardDataset, SuperMix, TeacherLabeler, generate
+from supermix_transforms import (
+    MixBatch,
+    ShardDataset,
+    ShardSampler,
+    SuperMix,
+    TeacherLabeler,
+    generate,
+)
+from supermix_transforms.data.picturesets import open_folder
 from supermix_transforms.data.views import VIEWS
 from supermix_transforms.training.data import (
     mixed_pictures,
@@ -182,3 +191,30 @@ def test_validation_is_of_the_same_kind(shards, folder):
         open_validation(["test"], dataset="CIFAR100", root=str(folder))
     with pytest.raises(ValueError, match="expected one folder or part, got a b"):
         open_validation(["a", "b"], images="elsewhere")
+
+
+def test_a_folder_to_validate_on_has_the_classes_of_the_training_folder(tmp_path):
+    def folder(name: str, *classes: str):
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            to_pil_image(torch.zeros(3, 20, 20)).save(tmp_path / name / label / "a.png")
+        return open_folder(tmp_path / name)
+
+    train = folder("train", "ant", "bee", "cat")
+    options = {"labeler": None, "view": VIEWS["center-crop"], "size": 16, "mix": None}
+    assert online(train, folder("same", "ant", "bee", "cat"), **options, batch_size=2).validation
+    for other in (folder("fewer", "bee", "cat"), folder("other", "ant", "bee", "dog")):
+        with pytest.raises(ValueError, match="validation: expected the classes of the training"):
+            online(train, other, **options, batch_size=2)
+
+
+def test_shards_are_read_in_an_order_that_stays_near(tmp_path):
+    write_colours(tmp_path)
+    pictures = ShardDataset(tmp_path)
+    options = {"labeler": None, "view": VIEWS["center-crop"], "size": 16, "mix": None}
+    data = online(pictures, None, num_classes=4, batch_size=2, **options)
+    sampler = data.train.sampler
+    assert isinstance(sampler, ShardSampler)
+    assert sum(sampler.lengths) == len(data.train.dataset)
+    assert len(sampler.lengths) == len(pictures.lengths)
+    assert sorted(sampler) == list(range(len(data.train.dataset)))

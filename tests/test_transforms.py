@@ -31,6 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from supermix_transforms import CutMix, MixUp, SuperMix, TeacherLabeler
+from supermix_transforms.dense import _box_shares as box_shares
 from supermix_transforms.dense import mix_boxes, mix_masks
 from supermix_transforms.inputs import identities
 from supermix_transforms.masks import owners
@@ -957,10 +958,10 @@ def test_boxes_that_do_not_fit_are_an_error(targets, message):
     ("extra", "message"),
     [
         (PIL.Image.new("RGB", (7, 9)), r"got a PIL image\. Add v2\.ToImage"),
-        (tv_tensors.Video(torch.rand(5, 2, 3, 9, 7)), r"got Video, which can not be mixed\. Take"),
+        (tv_tensors.Video(torch.rand(5, 2, 3, 9, 7)), r"got Video, which cannot be mixed\. Take"),
         (
             tv_tensors.KeyPoints(torch.rand(5, 2), canvas_size=(9, 7)),
-            r"got KeyPoints, which can not be mixed",
+            r"got KeyPoints, which cannot be mixed",
         ),
         (
             tv_tensors.BoundingBoxes(torch.rand(5, 4), format="XYXY", canvas_size=(9, 7)),
@@ -992,3 +993,33 @@ def test_a_dense_target_that_lost_its_type_is_an_error(mix):
     with pytest.raises(ValueError, match=r"expected dense targets as tv_tensors.Mask, got a plain"):
         mix(images, labels, masks)
     mix(images, labels, masks[:, :3])  # of another size: none of ours
+
+
+def test_boxes_outside_of_the_picture_are_not_seen():
+    owned = torch.ones(10, 10, dtype=torch.bool)
+    boxes = torch.tensor([[2.0, -9.0, 6.0, -3.0], [-8.0, 2.0, -1.0, 5.0], [12.0, 2.0, 15.0, 5.0]])
+    assert box_shares(boxes, owned).tolist() == [0, 0, 0]
+    assert box_shares(torch.tensor([[-2.0, -2.0, 2.0, 2.0]]), owned).tolist() == [1]
+
+
+def test_fields_of_the_picture_are_not_taken_for_those_of_its_only_box():
+    images = torch.rand(4, 3, 12, 12)
+    targets = [
+        {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]]), "image_id": torch.tensor([n])}
+        for n in range(4)
+    ]
+    _, mixed = CutMix(num_classes=4, labels_getter=None)(images, targets)
+    assert [target["image_id"].tolist() for target in mixed] == [[n] for n in range(4)]
+
+
+def test_cutmix_of_weights_that_are_all_one_pictures_is_that_picture():
+    images, labels = torch.rand(32, 3, 8, 8), torch.arange(32) % 10
+    mixed, targets = CutMix(k=3, alpha=0.01, num_classes=10, seed=0)(images, labels)
+    assert mixed.isfinite().all()
+    assert_close(targets.sum(dim=1), torch.ones(32))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[3], [5]]), torch.tensor([[3, 1], [0, 2]])])
+def test_whole_numbers_in_columns_are_no_probabilities(labels):
+    with pytest.raises(ValueError, match=r"expected probabilities \(B, N\), got torch\.int64"):
+        MixUp()(torch.rand(2, 3, 8, 8), labels)

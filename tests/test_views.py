@@ -111,3 +111,13 @@ def test_a_picture_that_is_too_long_to_be_stored_is_an_error():
     draws = ViewDraws(v2.CenterCrop(4), seed=0)
     with pytest.raises(ValueError, match="at most 16384 pixels a side"):
         draws(picture(16385, 2), 0, 0)
+
+
+def test_a_resize_may_have_nothing_but_a_largest_side():
+    draws = ViewDraws(v2.Compose([v2.Resize(None, max_size=30), v2.CenterCrop(8)]), seed=0)
+    assert draws.view.prepare(Image.new("RGB", (60, 40))).size == (30, 20)
+
+
+def test_padding_beyond_the_crop_is_an_error():
+    with pytest.raises(ValueError, match="expected padding of at most the crop's 8 pixels"):
+        ViewDraws(v2.RandomCrop(8, padding=9), seed=0)

@@ -148,7 +148,7 @@ def bench(
     Raises:
         ValueError: for unknown methods, settings out of range, fewer pictures than k, or pictures
             of several sizes.
-        OSError: if a file can not be written.
+        OSError: if a file cannot be written.
         ImportError: if matplotlib is not installed.
     """
     check_k(k, alpha)

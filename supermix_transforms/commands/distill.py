@@ -49,6 +49,7 @@ Mixes are made while training, by the teacher, or read from recipes or mixed sha
 started again, it goes on."""
 
 VIEW = "random-resized-crop"
+MIXING = ("mix", "k", "alpha", "partners")  # what is asked of mixes made while training
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
     *("teacher", "weights", "mean", "std", "mix", "k", "alpha", "partners", "recipes"),
@@ -88,7 +89,11 @@ def _data_options(group: Any) -> None:
     )
     add("--labels", choices=("data", "teacher"), default="data", help="whose, of the originals")
     add("--num-classes", type=int, help="where neither a teacher nor the pictures tell")
-    add("--view", choices=tuple(VIEWS), help="of each picture; random-resized-crop, if left out")
+    add(
+        "--view",
+        choices=tuple(VIEWS),
+        help="how pictures are cropped; random-resized-crop, if left out",
+    )
     add(
         "--size", type=int, metavar="PIXELS", help="side of the pictures; the teacher's own, or 224"
     )
@@ -122,14 +127,19 @@ def _mix_options(group: Any) -> None:
     )
     add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
     add("--target", choices=("hard", "soft"), default="hard", help="the teacher's label of mixes")
-    add("--hints", choices=HINTS, help="a loss of features beside it, by torchdistill")
+    add("--hints", choices=HINTS, help="adds a loss of features, by torchdistill")
     add(
         "--layers",
         nargs="+",
         metavar="PATH|STUDENT:TEACHER",
         help="modules whose maps --hints compares; those of the same name and size",
     )
-    add("--kd", choices=("none", "originals", "both"), default="none", help="where Eq. 8 stands")
+    add(
+        "--kd",
+        choices=("none", "originals", "both"),
+        default="none",
+        help="distillation loss (Eq. 8), on which pictures",
+    )
 
 
 def _training_options(group: Any) -> None:
@@ -137,11 +147,21 @@ def _training_options(group: Any) -> None:
     add("--student", required=True, metavar="NAME", help="timm/NAME, ..., as for --teacher")
     add("--preset", choices=("paper", "modern"), default="paper", help="settings of the training")
     add("--epochs", type=int, help="passes over the training data; the preset's")
-    add("--lr", type=float, help="the preset's")
+    add("--lr", type=float, help="learning rate; the preset's, if left out")
     add("--batch-size", type=int, default=128, help="originals a step, and as many mixes")
-    add("--accumulate", type=int, default=1, metavar="STEPS", help="whose gradients are summed")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="STEPS",
+        help="that are averaged into one update",
+    )
     add("--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="of the student")
-    add("--tracker", metavar="NAME", help="of Accelerate, that hears of each epoch: tensorboard")
+    add(
+        "--tracker",
+        metavar="NAME",
+        help="of Accelerate, to log epochs to: tensorboard, ...",
+    )
 
 
 def run_distill(arguments: argparse.Namespace) -> DistillSummary:
@@ -153,8 +173,8 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
     preset = {"paper": PAPER, "modern": MODERN}[arguments.preset]
     settings = replace(
         preset,
-        epochs=arguments.epochs or preset.epochs,
-        lr=arguments.lr or preset.lr,
+        epochs=_given(arguments.epochs, preset.epochs),
+        lr=_given(arguments.lr, preset.lr),
         learn=arguments.learn,
         labels=arguments.labels,
         kd=arguments.kd,
@@ -216,6 +236,7 @@ class _Teacher(NamedTuple):
 def _teacher_of(arguments: argparse.Namespace, device: torch.device) -> _Teacher:
     mean, std = arguments.mean, arguments.std
     if arguments.teacher is None:
+        _refuse(arguments, "no --teacher", ("weights",))
         return _Teacher(None, None, mean, std, arguments.size or 224)
     teacher = load_teacher(arguments.teacher, weights=arguments.weights)
     labeler = named_labeler(teacher, mean=mean, std=std, device=str(device))
@@ -227,6 +248,7 @@ def _hints_of(
     arguments: argparse.Namespace, student: nn.Module, teacher: _Teacher, data: TrainingData
 ) -> HintLoss | None:
     if arguments.hints is None:
+        _refuse(arguments, "no --hints", ("layers",))
         return None
     if teacher.labeler is None or not isinstance(teacher.model, nn.Module):
         raise ValueError(
@@ -260,7 +282,7 @@ def _training_data(
     if arguments.recipes is not None:
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
-        _refuse_mixing(arguments)
+        _refuse(arguments, "--recipes", ("augment", "view", "size", "num_classes", *MIXING))
         return of_recipes(arguments.recipes, pictures, validation, **options)
     augment = None
     if arguments.augment is not None:
@@ -285,8 +307,10 @@ def _mix_of(
 ) -> tuple[Callable[..., Any] | None, int | None]:
     """What is learned beside the originals, and its number of classes, where that tells it."""
     if arguments.learn == "originals":
+        _refuse(arguments, "--learn originals", ("mixed_shards", "unlabelled", *MIXING))
         return None, None
     if arguments.mixed_shards is not None:
+        _refuse(arguments, "--mixed-shards", MIXING)
         return mixed_pictures(arguments.mixed_shards, size)
     if labeler is None:
         raise ValueError(
@@ -295,25 +319,35 @@ def _mix_of(
             "originals alone: --learn originals."
         )
     if arguments.unlabelled is not None:
+        _refuse(arguments, "--unlabelled", MIXING)
         view = VIEWS[arguments.view or VIEW](size)
         options = {"seed": arguments.seed, "cache_dir": arguments.cache_dir}
         return other_pictures(arguments.unlabelled, view, **options), None
-    k = arguments.k or 2
+    k = _given(arguments.k, 2)
     if arguments.mix in (None, "supermix"):
-        options = {"partners": arguments.partners or "random", "alpha": arguments.alpha or 3.0}
+        options = {
+            "partners": arguments.partners or "random",
+            "alpha": _given(arguments.alpha, 3.0),
+        }
         return SuperMix(labeler, k=k, **options), None
+    _refuse(arguments, f"--mix {arguments.mix}", ("partners",))
     kind = {"mixup": MixUp, "cutmix": CutMix}[arguments.mix]
-    return kind(k=k, alpha=arguments.alpha or 1.0, teacher=labeler), None
+    return kind(k=k, alpha=_given(arguments.alpha, 1.0), teacher=labeler), None
 
 
-def _refuse_mixing(arguments: argparse.Namespace) -> None:
-    """Options that recipes have answered."""
-    names = ("augment", "mix", "k", "alpha", "partners", "view", "size", "num_classes")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _refuse(arguments: argparse.Namespace, cause: str, names: Sequence[str]) -> None:
+    """Options that would do nothing."""
+    given = [
+        f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None
+    ]
     if given:
         raise ValueError(
-            f"recipes: expected no {given[0]} beside them, for they hold views and mixes as they "
-            f"were made. Leave {' and '.join(given)} out, or mix while training, without --recipes."
+            f"distill: expected no {' or '.join(given)} with {cause}, where nothing is left for "
+            f"{'it' if len(given) == 1 else 'them'} to say. Leave one or the other out."
         )
 
 

@@ -26,9 +26,19 @@ def generate_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--shards", nargs="+", required=True, metavar="TAR|DIR|URL", help="labelled pictures")
     add("--cache-dir", metavar="DIR", help="for copies of shards from elsewhere")
-    add("--on-error", choices=("raise", "skip"), default="raise", help="samples not readable")
+    add(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="at pictures that cannot be read: stop, or leave them out and count",
+    )
     teacher_options(command, required=True, images=False, alpha=None)
-    add("--view", choices=tuple(VIEWS), default="random-resized-crop", help="of each picture")
+    add(
+        "--view",
+        choices=tuple(VIEWS),
+        default="random-resized-crop",
+        help="how pictures are cropped",
+    )
     add(
         "--as",
         dest="form",

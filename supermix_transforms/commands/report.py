@@ -147,7 +147,8 @@ def report(run: str | Path, out: str | Path | None = None) -> Path:
 def _of_mixes(folder: Path) -> _Page:
     content = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     mixes = content.pop("mixes")
-    page = _Page(f"{len(mixes)} mixes in {folder.name}", f"supermix mix: {content.get('teacher')}")
+    made = f"supermix mix: {content['teacher']}" if "teacher" in content else "supermix replay"
+    page = _Page(f"{len(mixes)} mixes in {folder.name}", made)
     sheet = folder / "contact-sheet.png"
     if sheet.is_file():
         uri = _data_uri("image/png", sheet.read_bytes())
@@ -218,7 +219,10 @@ def _groups(ledger: Ledger) -> Iterable[Group]:
     """Groups of recipes, until enough mixes are seen."""
     seen = 0
     for _, entry in sorted(ledger.entries().items()):
-        reader = open_unit(ledger.path(entry))
+        try:
+            reader = open_unit(ledger.path(entry))
+        except ValueError:
+            continue  # it is among the problems
         for number in range(len(reader)):
             if seen < MIXES_AT_MOST:
                 group = reader.group(number)

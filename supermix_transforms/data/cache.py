@@ -51,7 +51,7 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
         sha256: what the copy must have, if it is known.
 
     Raises:
-        ValueError: if the shard can not be had whole, is another one, or does not fit the disk.
+        ValueError: if the shard cannot be had whole, is another one, or does not fit the disk.
             Nothing is left behind then.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

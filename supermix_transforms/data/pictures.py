@@ -35,7 +35,7 @@ class PictureFiles:
         skip: a folder inside of `path` whose files are left out: earlier mixes.
 
     Raises:
-        ValueError: if `path` is not there, holds no picture, or one that can not be read. The last
+        ValueError: if `path` is not there, holds no picture, or one that cannot be read. The last
             two are found while iterating.
     """
 
@@ -105,7 +105,7 @@ def read_picture(name: str, content: bytes) -> "Image":
     """Decode a file's content with Pillow, as RGB and upright.
 
     Raises:
-        ValueError: if Pillow can not; it names the picture and says what Pillow said.
+        ValueError: if Pillow cannot; it names the picture and says what Pillow said.
     """
     from PIL import Image, ImageOps
 
@@ -116,7 +116,7 @@ def read_picture(name: str, content: bytes) -> "Image":
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"images: expected a picture, got {name!r}, which Pillow can not read: {error}. "
+            f"images: expected a picture, got {name!r}, which Pillow cannot read: {error}. "
             "Remove or replace that file."
         ) from error
 

@@ -1,6 +1,8 @@
 """Pictures to train on: of shards, of a folder, or of torchvision's data sets, in their views."""
 
+import bisect
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,7 +71,7 @@ class PictureSet:
         """Index, picture (RGB) and label of each of these.
 
         Raises:
-            ValueError: for a picture that can not be read.
+            ValueError: for a picture that cannot be read.
         """
         for index in indices:
             picture, label = self._dataset[index]
@@ -87,16 +89,16 @@ def open_folder(path: str | Path) -> PictureSet:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(
-            f"images: expected a folder of pictures, got {str(path)!r}, which is none. Check the "
-            "path, or pass tars as --shards."
+            f"images: expected a folder of pictures, got {str(path)!r}, which is not one. Check "
+            "the path, or pass tars as --shards."
         )
-    flat = any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+    flat = any(map(_is_picture, folder.iterdir()))
     kind = _OneClass if flat else torchvision.datasets.ImageFolder
     try:
         found = kind(
             folder,
-            loader=lambda name: read_picture(str(name), Path(name).read_bytes()),
-            is_valid_file=lambda name: Path(name).suffix.lower() in SUFFIXES,
+            loader=_load,
+            is_valid_file=_is_picture,
         )
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(
@@ -104,6 +106,14 @@ def open_folder(path: str | Path) -> PictureSet:
             f"subfolder for each class, got {str(error).splitlines()[0]}"
         ) from error
     return PictureSet(found, None if flat else found.classes)
+
+
+def _load(name: str | Path) -> "Image":
+    return read_picture(str(name), Path(name).read_bytes())
+
+
+def _is_picture(name: str | Path) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 class _OneClass(torchvision.datasets.ImageFolder):
@@ -152,12 +162,18 @@ def open_torchvision(name: str, root: str | Path, split: str = "train") -> Pictu
 
 
 def labels_of(pictures: Readable, indices: Sequence[int]) -> Tensor:
-    """The class of each of these samples, (P,) int64; no picture is read.
+    """The class of each of these samples, (P,) int64.
+
+    Pictures are read only where a data set of torchvision has no ``targets``.
 
     Raises:
-        ValueError: for labels that can not be read, or are no class indices.
+        ValueError: for labels that cannot be read, or are no class indices.
     """
-    return torch.tensor([int(pictures.label(index)) for index in indices])
+    labels = [pictures.label(index) for index in indices]
+    try:
+        return torch.tensor([int(label) for label in labels])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"labels: expected class indices, got others: {error}.") from error
 
 
 class Shown(Dataset[tuple[Tensor, Any, int]]):
@@ -169,7 +185,7 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
     Args:
         dataset: a `ShardDataset` or a `PictureSet`.
         draws: the views.
-        indices: of the samples, those that are shown.
+        indices: of the samples, those that are shown; ascending.
         augment: of each picture (3, H, W) uint8 after its view; draws from torch's global
             generator. One with `set_epoch` hears of it.
     """
@@ -183,6 +199,11 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
     ) -> None:
         self._dataset, self._draws = dataset, draws
         self.indices = indices
+        # of each shard; of what has no shards, one
+        whole: list[int] = getattr(dataset, "lengths", [len(dataset)])
+        starts = itertools.accumulate(whole, initial=0)
+        bounds = [bisect.bisect_left(indices, start) for start in starts]
+        self.lengths: list[int] = [b - a for a, b in itertools.pairwise(bounds)]
         self._augment, self._epoch = augment, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -232,7 +253,8 @@ class OtherPictures:
         rows = torch.randint(len(pictures), (len(images),)).tolist()
         if hasattr(pictures, "set_epoch"):
             pictures.set_epoch(int(torch.randint(1 << 31, ())))  # another view each time
-        samples = pictures.__getitems__(rows)
+        at_once = getattr(pictures, "__getitems__", None)
+        samples = at_once(rows) if at_once else [pictures[row] for row in rows]
         found = torch.stack([sample[0] for sample in samples]).to(images)
         if labels is None:
             return found

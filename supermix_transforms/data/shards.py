@@ -44,7 +44,7 @@ Labels: TypeAlias = Sequence[str] | Callable[[dict[str, bytes]], Any] | None
 
 
 class UnreadableError(ValueError):
-    """One sample's picture or label can not be read; its shard is as it was."""
+    """One sample's picture or label cannot be read; its shard is as it was."""
 
 
 class ShardDataset(Dataset[tuple[Any, Any]]):
@@ -65,7 +65,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             of its samples is read. Shared by all processes.
         labels: class names in the order of their indices, for shards that hold names; or a function
             of a sample's other members (suffix -> bytes) that returns its label.
-        on_error: ``"raise"``, or ``"skip"``: samples that can not be read are left out, counted in
+        on_error: ``"raise"``, or ``"skip"``: samples that cannot be read are left out, counted in
             `skipped` and named in a warning. A shard that is damaged or has changed, and what the
             transform or the function `labels` raises, is always an error.
 
@@ -75,7 +75,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
 
     Raises:
         ValueError: for shards that are not there or not whole, and for samples without a picture or
-            label or with a key that occurs twice. For pictures and labels that can not be read,
+            label or with a key that occurs twice. For pictures and labels that cannot be read,
             when they are.
     """
 
@@ -145,7 +145,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         Without `labelled` the label is not read, and None.
 
         Raises:
-            UnreadableError: for a picture or a label that can not be read.
+            UnreadableError: for a picture or a label that cannot be read.
             ValueError: for a shard that has changed.
         """
         name, members = self._members(index, pictures=True, labelled=labelled)
@@ -178,7 +178,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
     ) -> Iterator[tuple[int, "Image", Any]]:
         """Index, picture and label of each of these, as `read` gives them.
 
-        With ``on_error="skip"`` those that can not be read are left out and counted.
+        With ``on_error="skip"`` those that cannot be read are left out and counted.
 
         Raises:
             ValueError: as `read`.
@@ -284,7 +284,10 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         if self.labels is not None and value in self.labels:
             return list(self.labels).index(value)
         try:
-            return int(str(value))  # neither 1.5 nor True
+            index = int(str(value))  # neither 1.5 nor True
+            if index < 0:
+                raise ValueError("below 0")
+            return index
         except ValueError:
             raise UnreadableError(
                 f"shards: expected a class index as the label of {name}, got {text[:60]!r} in its "

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ def index_path(shard: Path) -> Path:
 def load_index(shard: Path) -> ShardIndex:
     """The index of a shard, from the file beside it, or made anew and written there.
 
-    A folder that can not be written to is no error: there is a warning, and the index is kept in
+    A folder that cannot be written to is no error: there is a warning, and the index is kept in
     memory.
 
     Raises:
@@ -181,11 +181,11 @@ def read_members(
     members: dict[str, bytes] = {}
     suffix, offset = "", 0
     try:
-        with shard.open("rb", buffering=0) as file:
+        with shard.open("rb") as file:
             for suffix in suffixes:
                 offset, size = index.places[suffix][row].tolist()
                 if offset >= 0:
-                    members[suffix] = _content(file.fileno(), offset, size)
+                    members[suffix] = _content(file, offset, size)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(
             f"shards: expected '{index.keys[row]}.{suffix}' at byte {offset} of {str(shard)!r}, "
@@ -195,11 +195,12 @@ def read_members(
     return members
 
 
-def _content(file: int, offset: int, size: int) -> bytes:
+def _content(file: BinaryIO, offset: int, size: int) -> bytes:
     """What follows the header before `offset`, which must be of a member of that size."""
     if size > MOST_MEMBER_BYTES:
         raise tarfile.TarError(f"a member of {size} bytes, more than {MOST_MEMBER_BYTES}")
-    content = os.pread(file, BLOCK + size, offset - BLOCK)
+    file.seek(offset - BLOCK)
+    content = file.read(BLOCK + size)
     if len(content) != BLOCK + size:
         raise tarfile.TarError("the file's end before the member's")
     header = content[:BLOCK]  # by hand: TarInfo takes as long as to read the member
@@ -242,7 +243,7 @@ def parse_index(content: bytes) -> ShardIndex | None:
 
 
 def write_index(shard: Path, index: ShardIndex) -> None:
-    """Write an index beside its shard; a warning where that can not be done."""
+    """Write an index beside its shard; a warning where that cannot be done."""
     fields = {
         "size": index.size,
         "time": index.time,

@@ -79,7 +79,9 @@ class View:
         """The picture in whose pixels crops are."""
         if self.resize is not None:
             mode = v2.InterpolationMode(self.resize_interpolation)
-            picture = _functional.resize(picture, list(self.resize), mode, self.max_size)
+            # () is a Resize that has a max_size alone
+            size = list(self.resize) or None
+            picture = _functional.resize(picture, size, mode, self.max_size)
         return picture
 
     def cut(self, picture: "Image", crop: Crop) -> Array:
@@ -191,6 +193,13 @@ def _check_padding(step: Any) -> Any:
             f"transform: expected RandomCrop that pads with black, got {step}. Leave fill= and "
             "padding_mode= out."
         )
+    if isinstance(step, v2.RandomCrop) and step.padding is not None:
+        sides = [step.padding] if isinstance(step.padding, int) else list(step.padding)
+        if max(sides) > min(step.size):
+            raise ValueError(
+                f"transform: expected padding of at most the crop's {min(step.size)} pixels, got "
+                f"{step}: a crop could show nothing of the picture."
+            )
     return step
 
 

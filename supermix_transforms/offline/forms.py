@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from supermix_transforms.offline.mixedshards import (
 from supermix_transforms.offline.recipes import Group, Layout, encode
 from supermix_transforms.offline.stored import to_group
 from supermix_transforms.quantised import LEVELS, whole_weights
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.transforms import CutMix, MixUp
 
@@ -95,8 +97,9 @@ class ShardForm:
         assert mixed is not None and labels is not None
         files = encode_pictures(mixed.images, self._format, self._quality)
         if self._format != "png" and files:
-            # the teacher labels what is handed out
-            labels = self._labeler(decoded(files).to(mixed.images.device))
+            # the teacher judges and labels what is handed out
+            again = self._labeler(decoded(files).to(mixed.images.device))
+            mixed, labels = _judged(batch.result, mixed, labels, again)
         samples = samples_of(
             files,
             mixed,
@@ -114,6 +117,25 @@ class ShardForm:
 
     def finish(self, ledger: Ledger) -> None:
         write_info(ledger.folder, sorted(ledger.entries().values(), key=lambda each: each.unit))
+
+
+def _judged(
+    result: MixResult, mixed: Mixed, before: TeacherLabels, again: TeacherLabels
+) -> tuple[Mixed, TeacherLabels]:
+    """Outcome and label of pictures that were encoded, by the teacher's answer to those."""
+    probs = again.probs
+    lost = ~probs.isfinite().all(dim=1)
+    if bool(lost.any()):  # keeps the label that was made for such rows
+        probs = torch.where(lost[:, None], before.probs, probs)
+        again = TeacherLabels.from_probs(probs)
+    outcome = mixed.outcome
+    if mixed.mask_logits is not None and result.teacher is not None:  # it was searched for
+        k = mixed.sources.shape[1]
+        wanted = result.teacher.hard[mixed.sources].sort(dim=1).values  # (M, k)
+        seen = probs.topk(k, dim=1).indices.sort(dim=1).values
+        gone = (outcome == Outcome.CONVERGED) & (seen != wanted).any(dim=1)
+        outcome = torch.where(gone, torch.full_like(outcome, Outcome.MAX_STEPS), outcome)
+    return replace(mixed, outcome=outcome), again
 
 
 class WholeMixUp(MixUp):

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from supermix_transforms.batchmix import BatchMix
 from supermix_transforms.data.sampling import ShardSampler
 from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.data.views import ViewDraws
@@ -23,6 +24,7 @@ from supermix_transforms.offline.units import Order, Originals
 from supermix_transforms.offline.writing import GenerateSummary, Run
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
+from supermix_transforms.transforms import SuperMix
 
 __all__ = ["GenerateSummary", "generate", "process_state"]
 
@@ -88,8 +90,8 @@ def generate(
 
     Raises:
         ValueError: for settings out of range or other than those the folder was begun with, a
-            folder that can not be written to or that another run writes to, a full disk, samples
-            that can not be read (`ShardDataset`), and a process that ended before its units were
+            folder that cannot be written to or that another run writes to, a full disk, samples
+            that cannot be read (`ShardDataset`), and a process that ended before its units were
             finished. What is finished stays.
     """
     _check_choices(mix, form, picture_format, quality, top, passes, batch_size, unit_batches)
@@ -98,16 +100,22 @@ def generate(
     draws = ViewDraws(dataset.transform, seed=seed)
     if alpha is None:
         alpha = 3.0 if mix == "supermix" else 1.0
+    if mix != "supermix" and partners != "random":
+        raise ValueError(
+            f"partners: expected to be left out with {mix!r}, which asks no teacher for partners, "
+            f"got {partners!r}."
+        )
     if form == "recipes":
         settings = replace(settings, quantised=True)
+    transform: BatchMix
+    if mix == "supermix":
+        own: dict[str, Any] = {"partners": partners, "partner_cap": partner_cap}
+        transform = SuperMix(labeler, k=k, alpha=alpha, settings=settings, **own)
+    else:
+        transform = MIXES[mix](k=k, alpha=alpha)
     mixer = SuperMixCollate(
         labeler,
-        k=k,
-        alpha=alpha,
-        partners=partners,
-        partner_cap=partner_cap,
-        settings=settings,
-        mix=None if mix == "supermix" else MIXES[mix](k=k, alpha=alpha),
+        mix=transform,
         unconverged=unconverged,
         seed=seed,
     )

@@ -182,7 +182,7 @@ def replay_pictures(
         dataset: the shards that they were made of.
         out: a folder for PNG files, ``labels.json`` and ``contact-sheet.png``; made if it is not
             there.
-        count: mixes, at most those that there are.
+        count: mixes, at most; shown are those all of whose pictures have mixes of their own near.
 
     Raises:
         ValueError: as `replay`, and for a count below 1.
@@ -196,6 +196,11 @@ def replay_pictures(
     more = mixes.__getitems__(range(min(len(mixes), count + max(mixes.lengths))))
     batch = mixes.collate(more)
     rows = [row for row in range(len(more)) if bool((batch.sources[row] >= 0).all())][:count]
+    if not rows:
+        raise ValueError(
+            f"recipes: expected a mix in {str(recipes)!r} whose pictures all have mixes of their "
+            f"own near it, got none among {len(more)}. Ask for more, with a larger count."
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     sheet, listing = folder / "contact-sheet.png", folder / "labels.json"

@@ -56,7 +56,7 @@ class Ledger:
         """Begin the folder or go on with it; process `rank` is the only one of that number inside.
 
         Raises:
-            ValueError: if the folder can not be written to, was begun with other settings, or
+            ValueError: if the folder cannot be written to, was begun with other settings, or
                 another run is writing to it.
         """
         with contextlib.ExitStack() as held:
@@ -172,7 +172,7 @@ class Ledger:
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ValueError(f"it is {content['format']} {content['version']}")
             if not all(isinstance(content[part], dict) for part in ("settings", "versions")):
-                raise ValueError("a part of it is none")
+                raise ValueError("settings or versions is not an object")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"recipes: expected a folder that `supermix generate` wrote, got "
@@ -191,8 +191,12 @@ class Ledger:
         for line in content.split(b"\n")[:-1]:  # what follows the last end of line was lost
             try:
                 entry = UnitEntry(**json.loads(line))
-                if entry.file != Path(entry.file).name or not isinstance(entry.bytes, int):
+                if entry.file != Path(entry.file).name:
                     raise ValueError("a file outside of the folder")
+                if not all(
+                    type(each) is int for each in (entry.mixes, entry.converged, entry.bytes)
+                ):
+                    raise ValueError("counts that are no integers")
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"recipes: expected a unit in each line of {str(self._manifest)!r}, got "

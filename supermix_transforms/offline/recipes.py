@@ -233,7 +233,7 @@ class RecipeReader:
         for entry in content["groups"]:
             numbers = [entry["originals"], entry["mixes"], *entry["kinds"], *entry["bytes"]]
             if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("its header holds counts that are none")
+                raise ValueError("its header holds counts that are negative or no integers")
             if (
                 entry["originals"] > MOST["originals"]
                 or entry["mixes"] > MOST["mixes"]
@@ -339,7 +339,7 @@ def _check(layout: Layout, counts: dict[str, int], arrays: dict[str, Array]) -> 
         )
     a = arrays
     expect(_counts(a["kind"], counts["G"]) == counts, "kind does not fit the counts")
-    expect(a["outcome"] <= max(Outcome), "an outcome is none")
+    expect(a["outcome"] <= max(Outcome), "an outcome is unknown")
     expect(a["flip"] <= 1, "flip is not 0 or 1")
     expect(a["crop"][:, 2:] >= 1, "a crop has no pixels")
     expect(a["source"] < counts["G"], "a source is not among the originals")
@@ -351,9 +351,9 @@ def _check(layout: Layout, counts: dict[str, int], arrays: dict[str, Array]) -> 
         expect(index < layout.num_classes, f"{prefix}index is no class")
         expect(
             np.isfinite(log_prob) & (log_prob <= 1e-3) | np.isneginf(log_prob),
-            f"{prefix}log_prob is none",
+            f"{prefix}log_prob is no logarithm of a probability",
         )
-        expect(np.diff(log_prob, axis=1) <= 0 if layout.top > 1 else True, "classes are unordered")
+        expect(log_prob[:, 1:] <= log_prob[:, :-1], "classes are unordered")
         expect((rest >= 0) & (rest <= 1), f"{prefix}rest is no probability")
         ordered = np.sort(index, axis=1)
         expect(ordered[:, 1:] != ordered[:, :-1], f"{prefix}index has a class twice")

@@ -8,7 +8,6 @@ Neighbours share pictures, so a batch of neighbours decodes hardly more pictures
 A sampler with ``window=0`` shuffles groups and keeps neighbours together.
 """
 
-import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,10 +89,10 @@ class Replay(Dataset[ReplayedMix]):
     def __getitems__(self, indices: Sequence[int]) -> list[ReplayedMix]:
         """The mixes of a batch; each picture is decoded once.
 
-        With the dataset's ``on_error="skip"`` mixes that can not be made are left out and counted.
+        With the dataset's ``on_error="skip"`` mixes that cannot be made are left out and counted.
 
         Raises:
-            ValueError: for recipes that are damaged, pictures that can not be read or are others
+            ValueError: for recipes that are damaged, pictures that cannot be read or are others
                 than those that were mixed, and a batch of which nothing is left.
         """
         found: dict[int, ReplayedMix] = {}
@@ -161,7 +160,7 @@ class Replay(Dataset[ReplayedMix]):
         for row, parts in zip(rows, parts_of(group, rows, self._view.size), strict=True):
             sources = group.source[row].tolist()
             if not all(place in pictures for place in sources):
-                self._leave_out(ValueError("a picture that it is made of can not be read"), 1)
+                self._leave_out(ValueError("a picture that it is made of cannot be read"), 1)
                 continue
             mixed = blend_parts([pictures[place] for place in sources], parts)
             if row == 0:
@@ -224,7 +223,7 @@ class Replay(Dataset[ReplayedMix]):
             other = next((a.get("name") for a, b in pairs if a != b), None)
             raise ValueError(
                 f"recipes: expected the {len(known)} shards that {folder!r} was made of, got "
-                f"{len(here)}" + ("." if other is None else f", of which {other} is another.") + " "
+                f"{len(here)}" + ("." if other is None else f", of which {other} differs.") + " "
                 "Open the same shards, in the same order."
             )
         try:
@@ -331,7 +330,7 @@ def replay(
     Args:
         recipes: the folder that `generate` wrote.
         dataset: the same shards. Its transform is not applied: recipes hold crop and flip. Its
-            `on_error` holds here, too: with ``"skip"``, mixes that can not be made are counted in
+            `on_error` holds here, too: with ``"skip"``, mixes that cannot be made are counted in
             its `skipped`.
         output: what `Replay.collate` returns: a `MixBatch`, or a form of `SuperMixCollate`.
         target: ``"soft"`` or ``"hard"``.
@@ -351,7 +350,8 @@ def open_unit(path: Path) -> RecipeReader:
 
     def read(offset: int, size: int) -> bytes:
         with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+            file.seek(offset)
+            return file.read(size)
 
     return RecipeReader(str(path), read, path.stat().st_size)
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = ["GenerateSummary", "Run"]
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0  # for a process to begin
+Show: TypeAlias = Callable[[Callable[[], dict[str, UnitEntry]]], None]
 MEASURED = 64  # pictures that a dry run mixes
 
 
@@ -50,8 +51,12 @@ class GenerateSummary:
     left_hours: float  # estimated, with all processes as fast as this one
 
 
+def _stack(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return default_collate(samples) if samples else None
+
+
 class Run:
-    """A process's share: of the units those whose place, divided by the processes, leaves rank."""
+    """A process's share: every n-th unit, from the one of its rank on."""
 
     def __init__(
         self,
@@ -81,12 +86,13 @@ class Run:
             mine = set(self._order.names[self._rank :: self._processes])
             self._ledger.sweep(mine)
             with _progress(len(self._order), self._rank) as show:
-                show(finished)
+                show(finished.copy)
                 for unit, batches in self._batches(mine - finished.keys()):
-                    parts, outcomes = zip(*map(self._form.make, batches), strict=True)
+                    made = list(map(self._form.make, batches))
+                    outcomes = torch.cat([torch.empty(0), *(outcome for _, outcome in made)])
                     with self._ledger.complaining():
-                        self._finish(unit, list(parts), torch.cat(outcomes))
-                    show(self._ledger.entries())
+                        self._finish(unit, [part for part, _ in made], outcomes)
+                    show(self._ledger.entries)
                 self._seconds = time.perf_counter() - start
                 if self._rank == 0:
                     self._wait_for_others(show)
@@ -103,7 +109,12 @@ class Run:
         few = some[: self._k]
         for places in (few, some):  # the first one is slow: libraries are loaded, caches filled
             start = time.perf_counter()
-            images = default_collate(self._originals.__getitems__(places))
+            images = _stack(self._originals.__getitems__(places))
+            if images is None:
+                raise ValueError(
+                    f"generate: expected pictures to mix, got none of {len(places)} that can be "
+                    "read. Look at the warnings before this for the reasons."
+                )
             self._waiting = time.perf_counter() - start
             made, outcome = self._form.make(self._mix(images, unit.epoch))
             file = io.BytesIO()
@@ -118,23 +129,21 @@ class Run:
             self._originals,
             batch_sampler=Places(self._order, wanted),
             num_workers=self._num_workers,
-            collate_fn=default_collate,
+            collate_fn=_stack,
         )
         units = ((unit, batch) for unit in self._order.units(wanted) for batch in unit.batches)
         pairs = zip(units, self._timed(loader), strict=True)
         for name, some in itertools.groupby(pairs, key=lambda pair: pair[0][0].name):
-            yield name, (self._mix(images, unit.epoch) for (unit, _), images in some)
+            # None: with on_error="skip", nothing of that batch could be read
+            yield name, (self._mix(i, unit.epoch) for (unit, _), i in some if i is not None)
 
-    def _timed(self, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _timed(self, loader: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any] | None]:
         """The batches; how long they are waited for is counted."""
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in loader:
             self._waiting += time.perf_counter() - start
-            if batch is None:
-                return
             yield batch
+            start = time.perf_counter()
 
     def _mix(self, batch: dict[str, Any], epoch: int) -> MadeBatch:
         images, index = batch["image"], batch["index"]
@@ -160,14 +169,14 @@ class Run:
         self._made += entry.mixes
         self._bytes += entry.bytes
 
-    def _wait_for_others(self, show: Callable[[dict[str, UnitEntry]], None]) -> None:
+    def _wait_for_others(self, show: Show) -> None:
         """Until all units are there, or whoever should make one is gone."""
         names = self._order.names
         gone = 0.0  # seconds
         while True:
             alive = {rank for rank in range(1, self._processes) if self._ledger.is_alive(rank)}
             entries = self._ledger.entries()  # after that: who is gone has entered all
-            show(entries)
+            show(entries.copy)
             missing = {i % self._processes for i, name in enumerate(names) if name not in entries}
             if not missing:
                 return
@@ -207,8 +216,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def _progress(units: int, rank: int) -> Iterator[Callable[[dict[str, UnitEntry]], None]]:
-    """A bar on a terminal, of the first process, over what all have finished."""
+def _progress(units: int, rank: int) -> Iterator[Show]:
+    """A bar on a terminal, of the first process, over what all have finished.
+
+    It is told how to find that out, which reads a file, and is left alone where there is no bar.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -230,8 +242,11 @@ def _progress(units: int, rank: int) -> Iterator[Callable[[dict[str, UnitEntry]]
         task = progress.add_task("", total=units)
         start, before = time.perf_counter(), -1
 
-        def show(entries: dict[str, UnitEntry]) -> None:
+        def show(find: Callable[[], dict[str, UnitEntry]]) -> None:
             nonlocal before
+            if quiet:
+                return
+            entries = find()
             mixes = sum(entry.mixes for entry in entries.values())
             before = mixes if before < 0 else before
             rate = (mixes - before) / max(1e-3, time.perf_counter() - start)

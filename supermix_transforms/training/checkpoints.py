@@ -40,9 +40,10 @@ class Checkpoint:
         optimiser: Any,
         average: Any,
         settings: dict[str, Any],
+        scaler: Any = None,
     ) -> None:
         self._folder, self._network, self._optimiser = folder, network, optimiser
-        self._average, self._settings = average, settings
+        self._average, self._settings, self._scaler = average, settings, scaler
 
     def load(self) -> Progress:
         """Put everything where it was, if there is a run to go on with."""
@@ -90,6 +91,8 @@ class Checkpoint:
             for i, value in momenta.items()  # in the layout of the weights
         }
         self._optimiser.load_state_dict(state)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(json.loads(about["scaler"]))
         return progress
 
     def save(self, progress: Progress) -> None:
@@ -104,13 +107,14 @@ class Checkpoint:
             if each.get("momentum_buffer") is not None
         }
         tensors = {
-            f"{part}/{name}": value.detach().cpu().contiguous()
+            f"{part}/{name}": _copy(value)
             for part, values in parts.items()
             for name, value in values.items()
         }
         about = {
             "settings": json.dumps(self._settings),
             "progress": json.dumps(asdict(progress)),
+            "scaler": json.dumps(None if self._scaler is None else self._scaler.state_dict()),
         }
         write_atomically(self._folder / "last.safetensors", save(tensors, about))
 
@@ -120,8 +124,13 @@ class Checkpoint:
 
         judged: Any = self._network if self._average is None else self._average.module
         state = judged.network.state_dict()
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        tensors = {name: _copy(value) for name, value in state.items()}
         write_atomically(self._folder / "best.safetensors", save(tensors))
+
+
+def _copy(value: Tensor) -> Tensor:
+    """Of its own, for weights that are tied share their memory, which safetensors refuses."""
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -138,15 +138,31 @@ def online(
     collate = None
     if mix is not None:
         collate = SuperMixCollate(labeler, mix=mix, target=target, seed=seed)
-    train = DataLoader(shown, shuffle=True, collate_fn=collate, **options)
+    order: dict[str, Any] = {"shuffle": True}
+    if isinstance(pictures, ShardDataset):  # reads stay local
+        order = {"sampler": ShardSampler(shown, seed=seed)}
+    train = DataLoader(shown, collate_fn=collate, **order, **options)
     if validation is None:
         validation, judged = pictures, held_out
     else:
         judged = list(range(len(validation)))
+        if labelled:
+            _check_same_classes(pictures, validation)
     middle = _middle(validation, judged, (size, size))
     return TrainingData(
         train, DataLoader(middle, **options), classes, partial(labels_of, pictures, kept)
     )
+
+
+def _check_same_classes(pictures: Readable, validation: Readable) -> None:
+    """Of folders, an index means nothing but its place among the names."""
+    ours, theirs = (getattr(each, "classes", None) for each in (pictures, validation))
+    if isinstance(validation, PictureSet) and ours != theirs:
+        shown = [", ".join((names or ("none",))[:5]) for names in (ours, theirs)]
+        raise ValueError(
+            f"validation: expected the classes of the training pictures, {shown[0]}, got "
+            f"{shown[1]}. A folder to validate on has a subfolder of the same name for each class."
+        )
 
 
 def of_recipes(

@@ -119,7 +119,8 @@ def distill(
     all_settings = {**asdict(settings), **(described or {})}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder, network, optimiser, average, all_settings)
+    scaler = accelerator.scaler  # of fp16
+    checkpoint = Checkpoint(folder, network, optimiser, average, all_settings, scaler)
     progress = checkpoint.load()
     steps_per_epoch = len(train)
     steps = settings.epochs * steps_per_epoch
@@ -161,7 +162,7 @@ def distill(
                 advance(progress.step, steps)
             # accumulated gradients are in no checkpoint
             if progress.step - saved >= settings.save_steps and accelerator.sync_gradients:
-                progress.loss = float(accelerator.reduce(total, "mean"))
+                progress.loss = _finite(accelerator.reduce(total, "mean"), progress)
                 saved = progress.step
                 save()
         entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
@@ -265,13 +266,19 @@ def make_accelerator(settings: DistillSettings, **options: Any) -> Any:
 
 
 def _epoch_entry(progress: Progress, loss: Tensor) -> dict[str, Any]:
+    value = _finite(loss, progress)
+    return {"epoch": progress.epoch, "loss": value, "samples": progress.samples}
+
+
+def _finite(loss: Tensor, progress: Progress) -> float:
     value = float(loss)
     if not math.isfinite(value):
         raise ValueError(
-            f"distill: expected a finite loss, got {value} in epoch {progress.epoch}. Lower lr, or "
-            "lengthen warmup_epochs; the last checkpoint is as it was."
+            f"distill: expected a finite loss, got {value} in epoch {progress.epoch}. Begin in "
+            "another folder with a lower lr or more warmup_epochs; the last checkpoint is as it "
+            "was."
         )
-    return {"epoch": progress.epoch, "loss": value, "samples": progress.samples}
+    return value
 
 
 def _line(entry: dict[str, Any], epochs: int, left: float) -> str:

@@ -26,6 +26,9 @@ __all__ = ["Pictured", "batch_loss", "sample_places"]
 class Pictured(nn.Module):
     """A network that takes pictures as data sets give them, with what is trained beside it."""
 
+    _mean: Tensor | None
+    _std: Tensor | None
+
     def __init__(
         self,
         network: nn.Module,
@@ -39,15 +42,16 @@ class Pictured(nn.Module):
         # the faster layout of convolutions, on CPUs (1.6 times) as on GPUs
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self.hints = hints
-        self._mean = None if mean is None else torch.tensor(mean)[:, None, None]
-        self._std = None if std is None else torch.tensor(std)[:, None, None]
+        for name, value in (("_mean", mean), ("_std", std)):
+            numbers = None if value is None else torch.tensor(value)[:, None, None]
+            self.register_buffer(name, numbers, persistent=False)
 
     def forward(self, images: Tensor, hinted: tuple[int, Tensor | None] | None = None) -> Any:
         """Logits; with `hinted`, how many originals there are and their places, a loss as well."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self._mean is not None and self._std is not None:
-            images = (images - self._mean.to(images.device)) / self._std.to(images.device)
+            images = (images - self._mean) / self._std
         images = images.contiguous(memory_format=torch.channels_last)
         if hinted is None or self.hints is None:
             return self._logits(images)
@@ -79,12 +83,13 @@ def batch_loss(
     every, hint = every if hinted else (every, 0.0)
     _check_classes(every, known or (batch.mixed_teacher if mixes else None))
     logits, mixed_logits = every.split([len(images), len(pictures) - len(images)])
+    labels = _smoothed(labels, logits.shape[1], settings.label_smoothing)
     kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
     if settings.kd == "none":
         if mixes:
             loss = supermix_loss(logits, labels, mixed_logits, batch.targets)
         else:
-            loss = cross_entropy(logits, labels, settings.label_smoothing)
+            loss = cross_entropy(logits, labels)
         return loss + hint, len(pictures)
     assert known is not None
     soft = known.softened(settings.temperature)
@@ -100,6 +105,15 @@ def batch_loss(
         mixed_soft = batch.mixed_teacher.softened(settings.temperature)
     loss = supermix_kd_loss(logits, labels, soft, mixed_logits, batch.targets, mixed_soft, **kd)
     return loss + hint, len(pictures)
+
+
+def _smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Labels (B,) or (B, N) with a part of them spread over all classes, (B, N); or as they are."""
+    if smoothing == 0:
+        return labels
+    if labels.ndim == 1:
+        labels = torch.nn.functional.one_hot(labels, classes)
+    return (1 - smoothing) * labels.float() + smoothing / classes
 
 
 def _check_classes(logits: Tensor, known: TeacherLabels | None) -> None:
