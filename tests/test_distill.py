@@ -513,7 +513,8 @@ def test_label_smoothing_is_of_the_originals_whatever_else_is_learned(kd, mixed)
         F.cross_entropy(logits, labels, label_smoothing=smoothing) for smoothing in (0.0, 0.3)
     )
     weight = 1.0 if kd == "none" else 0.9
-    assert losses[1] - losses[0] == pytest.approx(float(weight * (smoothed - plainly)), abs=1e-5)
+    added = weight * (smoothed - plainly).item()
+    assert losses[1] - losses[0] == pytest.approx(added, abs=1e-5)
 
 
 def test_a_student_with_tied_weights_is_kept(tmp_path):
