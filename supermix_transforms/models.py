@@ -72,7 +72,7 @@ def load_student(name: str, num_classes: int, *, weights: str | Path | None = No
     """
     scheme, _, net = name.partition("/")
     if name.endswith(".py") or ".py:" in name:
-        model = _from_file(name, None).model
+        model = _from_file(name, None, "student").model
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"student: expected {name!r} to return a module, got {type(model).__name__}. "
@@ -224,12 +224,12 @@ def _fill(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False)  # old files lack num_batches_tracked
 
 
-def _from_file(name: str, weights: str | Path | None) -> NamedTeacher:
+def _from_file(name: str, weights: str | Path | None, what: str = "teacher") -> NamedTeacher:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(
-            f"teacher: expected FILE.py:FUNCTION with a file that is there, got {name!r}. "
+            f"{what}: expected FILE.py:FUNCTION with a file that is there, got {name!r}. "
             "Check the path, and write a colon and a function's name after it."
         )
     spec = importlib.util.spec_from_file_location(f"supermix_teacher_{path.stem}", path)
@@ -246,7 +246,7 @@ def _from_file(name: str, weights: str | Path | None) -> NamedTeacher:
             raise TypeError(f"{function}() returned None")
     except Exception as error:
         raise ValueError(
-            f"teacher: expected {name!r} to be a function without arguments that returns a module "
+            f"{what}: expected {name!r} to be a function without arguments that returns a module "
             f"or a callable, got {type(error).__name__}: {_line(error)}. Correct it in that file."
         ) from error
     finally:

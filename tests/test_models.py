@@ -329,3 +329,10 @@ def test_a_student_of_a_file_is_as_its_function_returns_it(tmp_path):
 def test_students_that_are_none_are_errors(name):
     with pytest.raises(ValueError, match="expected"):
         load_student(name, 10)
+
+
+def test_a_file_that_is_not_there_is_the_students_or_the_teachers():
+    with pytest.raises(ValueError, match=r"student: expected FILE\.py:FUNCTION with a file that is"):
+        load_student("nowhere.py:net", 10)
+    with pytest.raises(ValueError, match=r"teacher: expected FILE\.py:FUNCTION with a file that is"):
+        load_teacher("nowhere.py:net")
