@@ -273,11 +273,16 @@ def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[
         yield f"{pictures:,} pictures, {steps:,} steps, {teacher} to {student}"
         others = methods.get(base, {})
         for method, found in methods.items():
-            line = "  {:20} {:6.2f} ± {:.2f}".format(method, *mean_and_error([*found.values()]))
+            line = f"  {method:20} {_with_error([*found.values()])}"
             pairs = [top - others[seed] for seed, top in found.items() if seed in others]
             if pairs and method != base:
-                line += "   {:+6.2f} ± {:.2f}".format(*mean_and_error(pairs))
+                line += f"   {_with_error(pairs, sign='+')}"
             yield f"{line}   {len(found)} seed{'s' if len(found) > 1 else ''}"
+
+
+def _with_error(values: Sequence[float], sign: str = "") -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}6.2f}" + (f" ± {error:.2f}" if len(values) > 1 else " " * 7)
 
 
 def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentParser:
