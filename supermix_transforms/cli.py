@@ -14,7 +14,6 @@ import torch
 
 from supermix_transforms.commands.bench import METHODS, BenchReport, bench, print_report
 from supermix_transforms.commands.distill import DISTILL_EXAMPLE, distill_options, run_distill
-from supermix_transforms.commands.environment import environment
 from supermix_transforms.commands.generate import (
     GENERATE_EXAMPLE,
     generate_options,
@@ -23,7 +22,9 @@ from supermix_transforms.commands.generate import (
 )
 from supermix_transforms.commands.options import (
     Commands,
+    VersionAction,
     add_command,
+    complete_paths,
     json_option,
     output_options,
     search_options,
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version", action=_Version, help="for a bug report: versions, system, GPU"
+        "--version", action=VersionAction, help="for a bug report: versions, system, GPU"
     )
     shtab.add_argument_to(parser)  # --print-completion
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -127,30 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(commands)
     for command in commands.choices.values():
-        _complete_paths(command)
+        complete_paths(command)
     return parser
-
-
-class _Version(argparse.Action):
-    """Prints all versions and ends."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        for name, value in environment().items():
-            print(f"{name:20} {value}")
-        parser.exit()
-
-
-def _complete_paths(command: argparse.ArgumentParser) -> None:
-    """Tell shtab which options are files or folders: their placeholders do."""
-    for action in command._actions:
-        placeholder = str(action.metavar)
-        if "TAR" in placeholder or "FILE" in placeholder:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif placeholder in ("DIR", "RUN"):
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
 
 
 class _Terminated(BaseException):

@@ -14,6 +14,7 @@ __all__ = [
     "check_device",
     "check_images",
     "check_labels",
+    "check_same_kind",
     "find_images",
     "find_labels",
     "identities",
@@ -125,6 +126,17 @@ def check_device(images: Tensor, device: torch.device | None) -> None:
             f"images: expected pictures on the teacher's device {device}, got {images.device}. "
             f"Move them (images.to({str(device)!r})), or the teacher."
         )
+
+
+def check_same_kind(picture: Tensor, before: Tensor) -> Tensor:
+    """What `after` made of a picture, if it has the shape and dtype that it had before."""
+    if picture.shape != before.shape or picture.dtype != before.dtype:
+        raise ValueError(
+            f"after: expected a picture {tuple(before.shape)} {before.dtype} back, got "
+            f"{tuple(picture.shape)} {picture.dtype}. Dtype and size have to stay; change them in "
+            "the data set's transform."
+        )
+    return picture
 
 
 def check_labels(labels: object, batch: int, num_classes: int | None = None) -> Tensor:

@@ -28,12 +28,13 @@ from supermix_transforms.inputs import (
     LabelsGetter,
     check_images,
     check_labels,
+    check_same_kind,
     identities,
     sample_keys,
     split_batch,
 )
-from supermix_transforms.mixing import Draw, label_mixes, or_labels, seeded
-from supermix_transforms.results import Mixed, Outcome, TeacherLabels
+from supermix_transforms.mixing import Draw, label_mixes, label_originals, seeded
+from supermix_transforms.results import Mixed, Outcome
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
 from supermix_transforms.transforms import SuperMix
@@ -154,7 +155,7 @@ class _BatchMixer:
 
     def _label(self, images: Tensor, labels: Tensor | None) -> MixResult:
         assert self._labeler is not None
-        teacher = _label_originals(self._labeler, images, labels)
+        teacher = label_originals(self._labeler, images, labels)
         return MixResult(images, labels, teacher, None, None, teacher.probs)
 
     def _finish(self, result: MixResult, draw: Draw) -> MixResult:
@@ -164,7 +165,7 @@ class _BatchMixer:
         if self._after is not None:
             with seeded(draw, AFTER, mixed.images.device):
                 # one at a time: a batch would be cropped or flipped as a whole
-                images = [_same_kind(self._after(image), image) for image in mixed.images]
+                images = [check_same_kind(self._after(image), image) for image in mixed.images]
             mixed = replace(mixed, images=torch.stack(images))
             result = result._replace(mixed=mixed)
         if labeler is None:
@@ -174,9 +175,7 @@ class _BatchMixer:
             label, mixed = label_mixes(labeler, mixed, result.labels)
             result = result._replace(mixed=mixed, mixed_teacher=label, targets=label.probs)
         if result.teacher is None:
-            result = result._replace(
-                teacher=_label_originals(labeler, result.images, result.labels)
-            )
+            result = result._replace(teacher=label_originals(labeler, result.images, result.labels))
         return result
 
     def _drop(self, result: MixResult) -> MixResult:
@@ -394,23 +393,3 @@ class MixLoader(_BatchMixer):
         inner = getattr(self.loader, "set_epoch", None)
         if callable(inner):
             inner(epoch)
-
-
-def _same_kind(picture: Tensor, before: Tensor) -> Tensor:
-    if picture.shape != before.shape or picture.dtype != before.dtype:
-        raise ValueError(
-            f"after: expected a picture {tuple(before.shape)} {before.dtype} back, got "
-            f"{tuple(picture.shape)} {picture.dtype}. Dtype and size have to stay; change them in "
-            "the data set's transform."
-        )
-    return picture
-
-
-def _label_originals(
-    labeler: TeacherLabeler, images: Tensor, labels: Tensor | None
-) -> TeacherLabels:
-    """The teacher's labels of originals, in float32; the samples' own must fit its classes."""
-    logits = labeler.examine(images)[0]
-    if labels is not None:
-        labels = check_labels(labels, len(images), logits.shape[1])
-    return labeler.label(or_labels(logits, labels, temperature=labeler.temperature))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from supermix_transforms.inputs import check_device, check_images
+from supermix_transforms.inputs import check_device, check_images, check_labels
 from supermix_transforms.results import ClassMaps, Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings, solve
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -28,6 +28,7 @@ __all__ = [
     "draw_weights",
     "generator",
     "label_mixes",
+    "label_originals",
     "or_labels",
     "seeded",
     "soft_targets",
@@ -191,6 +192,16 @@ def or_labels(
         labels = torch.nn.functional.one_hot(labels, logits.shape[1])
     own = temperature * labels.float().clamp(min=1e-12).log()
     return torch.where(lost[:, None], own, logits)
+
+
+def label_originals(
+    labeler: TeacherLabeler, images: Tensor, labels: Tensor | None
+) -> TeacherLabels:
+    """The teacher's labels of originals, in float32; the samples' own must fit its classes."""
+    logits = labeler.examine(images)[0]
+    if labels is not None:
+        labels = check_labels(labels, len(images), logits.shape[1])
+    return labeler.label(or_labels(logits, labels, temperature=labeler.temperature))
 
 
 def label_mixes(

@@ -1,13 +1,19 @@
 """Options that several commands share, and how their help looks."""
 
 import argparse
-from typing import TypeAlias, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import Any, TypeAlias, get_args, get_type_hints
 
+import shtab
+
+from supermix_transforms.commands.environment import environment
 from supermix_transforms.solver import SolverSettings
 
 __all__ = [
     "Commands",
+    "VersionAction",
     "add_command",
+    "complete_paths",
     "json_option",
     "output_options",
     "search_options",
@@ -102,3 +108,25 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+
+class VersionAction(argparse.Action):
+    """Prints all versions and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for name, value in environment().items():
+            print(f"{name:20} {value}")
+        parser.exit()
+
+
+def complete_paths(command: argparse.ArgumentParser) -> None:
+    """Tell shtab which options are files or folders: their placeholders do."""
+    for action in command._actions:
+        placeholder = str(action.metavar)
+        if "TAR" in placeholder or "FILE" in placeholder:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif placeholder in ("DIR", "RUN"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
