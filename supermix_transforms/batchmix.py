@@ -34,7 +34,7 @@ from supermix_transforms.mixing import Draw, check_k
 from supermix_transforms.results import Mixed
 from supermix_transforms.teacher import TeacherLabeler
 
-__all__ = ["BatchMix"]
+__all__ = ["BatchMix", "tell_epoch"]
 
 
 class BatchMix(v2.Transform, ABC):
@@ -150,3 +150,11 @@ class BatchMix(v2.Transform, ABC):
         if is_box_targets(leaf):
             return mix_boxes(leaf, mixed, self.box_threshold)
         return leaf
+
+
+def tell_epoch(transform: Any, epoch: int) -> None:
+    """`set_epoch` of a transform of ours, or of those in torchvision's containers (Compose, ...)."""
+    if isinstance(transform, BatchMix):
+        transform.set_epoch(epoch)
+    for inner in getattr(transform, "transforms", ()):
+        tell_epoch(inner, epoch)

@@ -23,7 +23,7 @@ from supermix_transforms.batch import (
     refuse_dispatch,
     register,
 )
-from supermix_transforms.batchmix import BatchMix
+from supermix_transforms.batchmix import BatchMix, tell_epoch
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_images,
@@ -89,6 +89,7 @@ class _BatchMixer:
     def set_epoch(self, epoch: int) -> None:
         """Draw other partners and weights than in other epochs."""
         self.epoch = epoch
+        tell_epoch(self._transform, epoch)
 
     def take_short(self) -> None:
         """Hand on a batch of fewer than k pictures unmixed even if it is the first one."""
@@ -127,7 +128,7 @@ class _BatchMixer:
         self._has_mixed = True
         seed = self.seed if transform.seed is None else transform.seed
         redraws = REDRAWS if self._unconverged == "redraw" else 0
-        draw = Draw(seed, self.epoch, ids)
+        draw = Draw(seed, transform.epoch, ids)  # whoever has set it
         others = self._labeler is not None and transform.teacher is not self._labeler
         relabel = others or (self._labeler is not None and self._after is not None)
         result = transform.mix(images, labels, draw, redraws=redraws, relabel=relabel)

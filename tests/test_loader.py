@@ -1011,3 +1011,19 @@ def test_originals_and_mixes_of_two_dtypes_are_not_put_together(teacher):
         ValueError, match=r"concat.*expected mixes of the originals' torch\.float32"
     ):
         collate(list(Pictures(4))).to("cpu")
+
+
+def test_the_epoch_of_the_transform_is_the_loaders_or_its_own(teacher):
+    images, labels = next(iter(DataLoader(Pictures(8), 8)))
+
+    def sources(epoch: int, who: str) -> list:
+        mix = SuperMix(teacher, seed=1)
+        loader = MixLoader([(images, labels)], mix)
+        {"transform": mix, "loader": loader}[who].set_epoch(epoch)
+        return next(iter(loader)).sources.tolist()
+
+    assert sources(1, "transform") == sources(1, "loader")
+    assert len({str(sources(epoch, "transform")) for epoch in range(3)}) > 1
+    choice = v2.RandomChoice([SuperMix(teacher), MixUp(teacher=teacher)])
+    MixLoader([], choice, labeler=TeacherLabeler(teacher)).set_epoch(5)
+    assert [part.epoch for part in choice.transforms] == [5, 5]
