@@ -153,7 +153,7 @@ class BatchMix(v2.Transform, ABC):
 
 
 def tell_epoch(transform: Any, epoch: int) -> None:
-    """`set_epoch` of a transform of ours, or of those in torchvision's containers (Compose, ...)."""
+    """`set_epoch` of a transform of ours, or of those in containers of torchvision."""
     if isinstance(transform, BatchMix):
         transform.set_epoch(epoch)
     for inner in getattr(transform, "transforms", ()):
