@@ -605,7 +605,7 @@ def run_of(distilling, name: str, *options: str) -> list[str]:
         ["--mix", "cutmix", "--k", "3", "--augment", "cutout", "--accumulate", "2"],
         ["--learn", "originals", "--kd", "originals", "--mixed-precision", "bf16"],
         ["--partners", "matched", "--batch-size", "8"],
-        ["--mix", "mixup", "--alpha", "0.5", "--target", "soft", "--num-workers", "1"],
+        ["--mix", "mixup", "--alpha", "0.5", "--target", "hard", "--num-workers", "1"],
     ],
 )
 def test_distill_reads_a_folder(distilling, photos, capsys, options):

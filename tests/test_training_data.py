@@ -143,12 +143,13 @@ def test_mixed_shards_bring_their_labels(shards, tmp_path, top):
     generate(dataset, colour_teacher(), tmp_path / "mixed", form="shards", batch_size=6, top=top)
     mix, num_classes = mixed_pictures(tmp_path / "mixed", 16)
     assert num_classes == NUM_CLASSES
-    data = ours(ShardDataset(shards), labeler=None, mix=mix, num_classes=num_classes)
+    options = {"labeler": None, "mix": mix, "num_classes": num_classes}
+    data = ours(ShardDataset(shards), target="hard", **options)
     batch = next(iter(data.train))
     assert batch.mixed.shape == (5, 3, 16, 16)
     known = labeler()(batch.mixed)
     assert torch.equal(batch.targets, known.hard)
-    soft = ours(ShardDataset(shards), labeler=None, mix=mix, num_classes=4, target="soft")
+    soft = ours(ShardDataset(shards), **options)
     batch = next(iter(soft.train))
     expected = TeacherLabeler(colour_teacher(), top=top)(batch.mixed).probs
     assert torch.allclose(batch.targets, expected, atol=2e-3)

@@ -166,10 +166,10 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     train, held_out, test = shards_of(data, work)
     train = train[: case.pictures // SHARD]
     judged = ShardDataset(test if case.test else held_out)
-    options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH}
+    target = method.get("target", "hard")
+    options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH, "target": target}
     if "set" in method:
         folder = recipes_of(case, data, work, train)
-        options["target"] = method.get("target", "hard")
         return of_recipes(folder, ShardDataset(train), judged, **options)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     mix: Any = SuperMix(teacher) if "online" in method else None

@@ -10,7 +10,7 @@ At its size, with the shards of ImageNet-1k, as two commands a row, on 8 GPUs:
     accelerate launch --multi_gpu --num_processes 8 -m supermix_transforms.cli distill \\
         --shards 'train-{0000..1281}.tar' --recipes recipes/ --validation 'val-{00..49}.tar' \\
         --student torchvision/resnet18 --epochs 100 --batch-size 32 --mixed-precision bf16 \\
-        --out run/
+        --target hard --out run/
 
 docs/scale.md has what generating costs there. Without --shards this script runs all rows in small:
 1,000 pictures, one of each class, EfficientNet-Lite0 to MobileNetV3-small at 96 pixels, an epoch.
@@ -52,7 +52,7 @@ def options_of(row: str) -> list[str]:
     if name in ("ce", "kd", "crd"):
         hints = ["--hints", name] if name == "crd" else []
         return ["--learn", "originals", *hints, *(["--kd", "originals"] if kd else [])]
-    return ["--mix", name, *(["--k", "3"] if "3" in rest else []), *kd]
+    return ["--mix", name, "--target", "hard", *(["--k", "3"] if "3" in rest else []), *kd]
 
 
 def small_data(data: Path, work: Path) -> list[str]:

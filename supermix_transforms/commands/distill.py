@@ -126,7 +126,8 @@ def _mix_options(group: Any) -> None:
         help="other pictures in the place of mixes, which the teacher labels",
     )
     add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
-    add("--target", choices=("hard", "soft"), default="hard", help="the teacher's label of mixes")
+    targets = ("soft", "hard")
+    add("--target", choices=targets, default="soft", help="label of mixes; the paper's are hard")
     add("--hints", choices=HINTS, help="adds a loss of features, by torchdistill")
     add(
         "--layers",

@@ -105,7 +105,7 @@ def online(
     view: Callable[[int], Any],
     size: int,
     mix: Callable[..., Any] | None,
-    target: Any = "hard",
+    target: Any = "soft",
     augment: Callable[[Tensor], Tensor] | None = None,
     labelled: bool = True,
     num_classes: int | None = None,
@@ -121,7 +121,7 @@ def online(
         view: from a size to a transform, as `views.VIEWS`.
         size: of the pictures, in pixels.
         mix: a transform as for `SuperMixCollate`.
-        target: "hard" or "soft", of the mixes.
+        target: "soft" or "hard", of the mixes.
         augment: of each picture after its view, before anything is mixed.
         labelled: whether the pictures' own labels are learned; else the teacher's.
         num_classes: N, where neither a teacher nor the pictures tell.
@@ -170,7 +170,7 @@ def of_recipes(
     dataset: ShardDataset,
     validation: Readable | None,
     *,
-    target: Any = "hard",
+    target: Any = "soft",
     seed: int = 0,
     **options: Any,
 ) -> TrainingData:
@@ -180,7 +180,7 @@ def of_recipes(
         recipes: what `generate` wrote of the dataset.
         dataset: the pictures.
         validation: to judge on, or None.
-        target: "hard" or "soft", of the mixes.
+        target: "soft" or "hard", of the mixes.
         seed: of the order.
         **options: of the DataLoader.
 
