@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
 from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
 from supermix_transforms.training import MODERN, PAPER, DistillSettings, distill, evaluate
+from supermix_transforms.training.checkpoints import Checkpoint, Progress
 from supermix_transforms.training.hints import HINTS, HintLoss
 from supermix_transforms.training.loss import Pictured
 from supermix_transforms.training.loss import batch_loss as loss_of
@@ -531,3 +532,22 @@ def test_a_student_with_tied_weights_is_kept(tmp_path):
     kept = load_file(tmp_path / "best.safetensors")
     assert torch.equal(kept["first.weight"], kept["second.weight"])
     assert distill(Tied(), plain(), held_out(), tmp_path, settings=FEW).top1 == whole.top1
+
+
+def test_a_checkpoint_holds_the_scale_of_half_precision(tmp_path):
+    class Scaler:  # as torch's, which has a scale on CUDA alone
+        scale = 4.0
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    net = student()
+    parts = (tmp_path, net, torch.optim.SGD(net.parameters(), 0.1), None, {})
+    Checkpoint(*parts, Scaler()).save(Progress(step=3))
+    other = Scaler()
+    other.scale = 1.0
+    assert Checkpoint(*parts, other).load().step == 3
+    assert other.scale == 4.0

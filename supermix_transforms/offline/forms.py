@@ -10,7 +10,7 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.data.shards import ShardDataset
-from supermix_transforms.mixing import Draw
+from supermix_transforms.mixing import Draw, or_labels
 from supermix_transforms.offline.ledger import Ledger
 from supermix_transforms.offline.mixedshards import (
     PictureFormat,
@@ -98,8 +98,8 @@ class ShardForm:
         files = encode_pictures(mixed.images, self._format, self._quality)
         if self._format != "png" and files:
             # the teacher judges and labels what is handed out
-            again = self._labeler(decoded(files).to(mixed.images.device))
-            mixed, labels = _judged(batch.result, mixed, labels, again)
+            pictures = decoded(files).to(mixed.images.device)
+            mixed, labels = _judged(self._labeler, batch.result, pictures)
         samples = samples_of(
             files,
             mixed,
@@ -120,22 +120,20 @@ class ShardForm:
 
 
 def _judged(
-    result: MixResult, mixed: Mixed, before: TeacherLabels, again: TeacherLabels
+    labeler: TeacherLabeler, result: MixResult, pictures: Tensor
 ) -> tuple[Mixed, TeacherLabels]:
-    """Outcome and label of pictures that were encoded, by the teacher's answer to those."""
-    probs = again.probs
-    lost = ~probs.isfinite().all(dim=1)
-    if bool(lost.any()):  # keeps the label that was made for such rows
-        probs = torch.where(lost[:, None], before.probs, probs)
-        again = TeacherLabels.from_probs(probs)
-    outcome = mixed.outcome
+    """Outcome and label of mixes that were encoded: the teacher's, of those `pictures`."""
+    mixed, before = result.mixed, result.mixed_teacher
+    assert mixed is not None and before is not None
+    logits = labeler.ask(pictures)
+    own = or_labels(logits, before.probs, temperature=labeler.temperature)
     if mixed.mask_logits is not None and result.teacher is not None:  # it was searched for
-        k = mixed.sources.shape[1]
         wanted = result.teacher.hard[mixed.sources].sort(dim=1).values  # (M, k)
-        seen = probs.topk(k, dim=1).indices.sort(dim=1).values
-        gone = (outcome == Outcome.CONVERGED) & (seen != wanted).any(dim=1)
-        outcome = torch.where(gone, torch.full_like(outcome, Outcome.MAX_STEPS), outcome)
-    return replace(mixed, outcome=outcome), again
+        seen = logits.topk(wanted.shape[1], dim=1).indices.sort(dim=1).values
+        gone = (mixed.outcome == Outcome.CONVERGED) & (seen != wanted).any(dim=1)
+        outcome = mixed.outcome.masked_fill(gone, int(Outcome.MAX_STEPS))
+        mixed = replace(mixed, outcome=outcome)
+    return mixed, labeler.label(own)
 
 
 class WholeMixUp(MixUp):
