@@ -50,8 +50,7 @@ def cost_bars(bars: Sequence[Bar], *, unit: str = "ms per converged image") -> "
         ValueError: if there is no bar.
         ImportError: if matplotlib is not installed.
     """
-    if not bars:
-        raise ValueError("bars: expected at least one method to draw, got none.")
+    _expect(bars, "bars: expected at least one method to draw")
     figure = _figure(8, 1 + 0.36 * len(bars))
     axes = figure.add_subplot()
     values = [bar.value for bar in bars if bar.value is not None] or [1.0]
@@ -127,8 +126,7 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> "Figure":
         ValueError: if there is no epoch.
         ImportError: if matplotlib is not installed.
     """
-    if not history:
-        raise ValueError("history: expected at least one epoch to draw, got none.")
+    _expect(history, "history: expected at least one epoch to draw")
     names = [name for name in ("top1", "top5") if all(name in entry for entry in history)]
     figure = _figure(9 if names else 4.5, 3.2)
     panels = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
