@@ -74,6 +74,24 @@ def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work):
     assert other["student_samples"] == 2000
 
 
+def test_the_same_students_are_measured_on_the_test_set_and_none_is_trained(
+    script, monkeypatch, data, work
+):
+    students = script("students")
+    asked = [*SMALL, "--methods", "cutmix-hard", "--steps", "8"]
+    with pytest.raises(ValueError, match="--test: expected a student that was trained"):
+        run(students, monkeypatch, data, work, *asked, "--test")
+    (held_out,) = run(students, monkeypatch, data, work, *asked)
+    runs = {path: path.read_bytes() for path in work.glob("runs/cutmix-hard-0-8*/*.safetensors")}
+    assert runs
+    *_, tested = run(students, monkeypatch, data, work, *asked, "--test")
+    assert {path: path.read_bytes() for path in runs} == runs
+    assert tested["test"]
+    assert not held_out["test"]
+    assert tested["student_samples"] == held_out["student_samples"]
+    assert 0 < tested["ece"] != held_out["ece"]  # of other pictures
+
+
 def test_figure_6_varies_one_thing(script):
     figure = script("figure6")
     case = script("students").Case("cutmix-hard", pictures=2000, mixes=2000)
@@ -127,7 +145,14 @@ def test_figure_6_has_a_curve_a_method_over_the_values_of_the_setting(script):
 
 
 def test_a_table_has_means_standard_errors_and_paired_differences(script):
-    plain = {"pictures": 2000, "steps": 9, "teacher": "a", "student": "b", "test": False}
+    plain = {
+        "pictures": 2000,
+        "mixes": 4000,
+        "steps": 9,
+        "teacher": "a",
+        "student": "b",
+        "test": False,
+    }
     tops = {"cutmix-hard": {0: 0.2, 1: 0.4}, "supermix-hard": {1: 0.45, 0: 0.21}, "ce": {2: 0.1}}
     rows = [
         plain | {"method": method, "seed": seed, "top1": top}
@@ -135,7 +160,7 @@ def test_a_table_has_means_standard_errors_and_paired_differences(script):
         for seed, top in found.items()
     ]
     title, *lines = script("students").table(rows)
-    assert title == "2,000 pictures, 9 steps, a to b"
+    assert title == "2,000 pictures, 4,000 mixes, 9 steps, a to b"
     assert [" ".join(line.split()) for line in lines] == [
         "cutmix-hard 30.00 ± 10.00 2 seeds",
         "supermix-hard 33.00 ± 12.00 +3.00 ± 2.00 2 seeds",

@@ -10,8 +10,9 @@ twice as many of 128, so that all students see equally many pictures. The rate f
 All methods read recipes of the same views, made once: a crop and a flip of each training picture,
 before anything is mixed and before the teacher sees it. There are about 45,000 mixes in any case:
 one of each picture if the student has 45,000 (--pictures), 22 of each if it has but 2,000. The last
-5,000 training pictures are held out, and are what top-1 is measured on; --test measures on the test
-set, once, when all is decided. Policies (Table 1) augment the views of pictures, without recipes.
+5,000 training pictures are held out, and are what top-1 is measured on; --test measures students
+that were trained so on the test set, once, when all is decided, and trains none. Policies (Table 1)
+augment the views of pictures, without recipes.
 
 A run that was stopped goes on; finished ones stand in the JSON and are not run again. Calls with
 other --seeds or --methods, one thread each, may share --work if each has an --out of its own, and
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -40,12 +42,29 @@ from supermix_transforms import ShardDataset, SolverSettings, SuperMix, generate
 from supermix_transforms.charts import mean_and_error
 from supermix_transforms.data.policies import FILES, POLICIES, load_policy
 from supermix_transforms.files import write_atomically
-from supermix_transforms.training import PAPER, DistillSettings, distill, make_accelerator
+from supermix_transforms.training import (
+    PAPER,
+    DistillSettings,
+    distill,
+    evaluate,
+    make_accelerator,
+)
 from supermix_transforms.training.data import TrainingData, of_recipes, online, other_pictures
 from supermix_transforms.training.hints import HINTS, HintLoss
+from supermix_transforms.training.loss import Pictured
 
 BATCH, SHARD, HELD_OUT, MIXES, GROUP, SEED = 128, 1000, 5000, 45_000, 200, 0
 VIEW = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+STORED = v2.PILToTensor()  # as it is stored
+# The paper's rate, made 100 times shorter, leaves most of the training to rates so low that nothing
+# is learned.
+TRAINING = replace(PAPER, schedule="cosine")
+SETTINGS: dict[str, Any] = {  # chosen on held-out pictures, the same for all methods
+    "batch": f"{BATCH} originals and {BATCH} mixes",
+    "training": asdict(TRAINING),
+    "view": [str(step) for step in VIEW.transforms],
+    "labels": "the 20 largest of the teacher's",
+}
 SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is asked for
     "supermix": {},
     "matched": {"partners": "matched"},
@@ -53,6 +72,14 @@ SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is ask
     "cutmix": {"mix": "cutmix"},
     "mixup": {"mix": "mixup"},
     "paper": {},  # the paper's solver
+    # one thing of "supermix" each, to see what makes a mix teach
+    "start": {"settings": SolverSettings(max_steps=0)},  # no step after the surrogate's masks
+    "coarse": {"settings": SolverSettings(mask_size=8)},  # cells of 4 pixels instead of 2
+    "share": {"settings": SolverSettings(min_share=0.8)},
+    "margin": {"settings": SolverSettings(margin=1.0)},
+    "uneven": {"alpha": 0.5},
+    "three": {"k": 3},
+    "drop": {"unconverged": "drop"},
 }
 METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is learned from it
     "ce": {"set": "cutmix", "learn": "originals"},
@@ -69,7 +96,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
-    "online-hard": {"online": True},  # SuperMix, mixed while training
+    # SuperMix, mixed while training
+    **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
     **{name: {"augment": name, "learn": "originals"} for name in (*POLICIES, *FILES)},
 }
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
@@ -94,11 +122,14 @@ class Case:
     alpha: float | None = None  # the method's own
     mixes: int = MIXES  # in all
     lambda_s: float = 25.0  # of the paper's solver
-    test: bool = False
+    test: bool = False  # measured on the test set, without training
 
     @property
     def name(self) -> str:
-        return "-".join(str(value) for value in asdict(self).values() if value is not None)
+        """Of the run, which is the same whatever it is measured on."""
+        parts = asdict(self)
+        del parts["test"]
+        return "-".join(str(value) for value in parts.values() if value is not None)
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -127,7 +158,7 @@ def shards_of(data: Path, work: Path) -> tuple[list[Path], list[Path], list[Path
 def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     """The folder of a mixed set; made, or gone on with, if it is not whole."""
     name = METHODS[case.method]["set"]
-    options = {"k": case.k, "alpha": case.alpha, **SETS[name]}
+    options = {"k": case.k, "alpha": case.alpha} | SETS[name]
     if name == "paper":
         options["settings"] = SolverSettings(method="paper", lambda_s=case.lambda_s)
     plain = asdict(Case(case.method, pictures=case.pictures))
@@ -163,9 +194,9 @@ def unlabelled_of(data: Path, work: Path) -> list[str]:
 
 def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     method = METHODS[case.method]
-    train, held_out, test = shards_of(data, work)
+    train, held_out, _ = shards_of(data, work)
     train = train[: case.pictures // SHARD]
-    judged = ShardDataset(test if case.test else held_out)
+    judged = ShardDataset(held_out)
     target = method.get("target", "hard")
     options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH, "target": target}
     if "set" in method:
@@ -188,16 +219,11 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
 
 
 def settings_of(case: Case, steps_per_epoch: int) -> DistillSettings:
-    """`steps` steps of mixes, or twice as many of originals alone.
-
-    The rate falls as a cosine: the paper's steps, made 100 times shorter, leave most of the
-    training to rates so low that nothing is learned.
-    """
+    """`steps` steps of mixes, or twice as many of originals alone."""
     method = METHODS[case.method]
     learn = method.get("learn", "both")
     return replace(
-        PAPER,
-        schedule="cosine",
+        TRAINING,
         epochs=max(1, round(case.steps * (2 if learn == "originals" else 1) / steps_per_epoch)),
         learn=learn,
         kd=method.get("kd", "none"),
@@ -205,13 +231,27 @@ def settings_of(case: Case, steps_per_epoch: int) -> DistillSettings:
     )
 
 
-def train(case: Case, data: Path, work: Path) -> dict[str, Any]:
-    """Train a student; its figures."""
+def figures_of(case: Case, data: Path, work: Path, compiled: bool) -> dict[str, Any]:
+    """Train a student, or go on with it; its figures.
+
+    Raises:
+        ValueError: if it is to be tested and is not trained yet.
+    """
+    out = work / "runs" / case.name
+    if case.test and not (out / "results.json").exists():
+        raise ValueError(
+            f"--test: expected a student that was trained, got {case.name!r}, which is not in "
+            f"{str(out.parent)!r}. Make the same call without --test first."
+        )
     loaders = data_of(case, data, work)
     settings = settings_of(case, len(loaders.train))
     torch.manual_seed(case.seed)
     student = STUDENTS[case.student]()
+    if compiled:
+        student.compile()
     mean, std = CIFAR100_STATISTICS
+    teacher = cifar_teacher(data, "cifar100", net=case.teacher)
+    accelerator = make_accelerator(settings, mixed_precision="bf16")
     hints = None
     if method := METHODS[case.method].get("hints"):
         labels = loaders.labels() if method == "crd" else None
@@ -221,20 +261,26 @@ def train(case: Case, data: Path, work: Path) -> dict[str, Any]:
         student,
         loaders.train,
         loaders.validation,
-        work / "runs" / case.name,
+        out,
         settings=settings,
-        teacher=cifar_teacher(data, "cifar100", net=case.teacher),
+        teacher=teacher,
         hints=hints,
         mean=mean,
         std=std,
-        accelerator=make_accelerator(settings, mixed_precision="bf16"),
+        accelerator=accelerator,
         show=lambda line: print(f"{case.method} {case.seed}: {line}", file=sys.stderr, flush=True),
     )
-    names = ("top1", "top5", "ece", "agreement", "student_samples")
+    found = {name: getattr(summary, name) for name in ("top1", "top5", "ece", "agreement")}
+    if case.test:  # by weights that are as they were after the last step
+        pictures = DataLoader(ShardDataset(shards_of(data, work)[2], transform=STORED), BATCH)
+        judged, pictures = accelerator.prepare(Pictured(student, mean, std), pictures)
+        found = evaluate(judged, pictures, accelerator, teacher)
     return {
         **{name: value for name, value in asdict(case).items() if value is not None},
-        **{name: getattr(summary, name) for name in names},
+        **found,
+        "student_samples": summary.student_samples,
         "seconds": {part: round(each) for part, each in summary.seconds.items()},
+        "compiled": compiled,
     }
 
 
@@ -247,13 +293,14 @@ def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) 
     found |= {
         "device": "CPU, one thread, bf16",
         "versions": {package: version(package) for package in ("torch", "torchvision")},
+        "settings": SETTINGS,
         **content,
     }
     for case in cases:
         known = {name: value for name, value in asdict(case).items() if value is not None}
         if any(known.items() <= result.items() for result in found["results"]):
             continue
-        found["results"].append(train(case, options.data, options.work))
+        found["results"].append(figures_of(case, options.data, options.work, options.compile))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out, (json.dumps(found, indent=1) + "\n").encode())
     print(json.dumps(found, indent=1))
@@ -265,12 +312,13 @@ def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[
     settings: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for result in results:
         setting = tuple(
-            result[name] for name in ("pictures", "steps", "teacher", "student", "test")
+            result[name] for name in ("pictures", "steps", "mixes", "teacher", "student", "test")
         )
         methods = settings.setdefault(setting, {})
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
-    for (pictures, steps, teacher, student, _), methods in settings.items():
-        yield f"{pictures:,} pictures, {steps:,} steps, {teacher} to {student}"
+    for (pictures, steps, mixes, teacher, student, test), methods in settings.items():
+        of = f"{pictures:,} pictures, {mixes:,} mixes, {steps:,} steps, {teacher} to {student}"
+        yield f"{of}{', test set' if test else ''}"
         others = methods.get(base, {})
         for method, found in methods.items():
             line = f"  {method:20} {_with_error([*found.values()])}"
@@ -297,7 +345,8 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
     parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
-    parser.add_argument("--test", action="store_true", help="measure on the test set")
+    parser.add_argument("--test", action="store_true", help="measure trained ones on the test set")
+    parser.add_argument("--compile", action="store_true", help="the student, by torch.compile")
     return parser
 
 
