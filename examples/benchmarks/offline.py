@@ -10,6 +10,8 @@ run again. Prints the JSON.
   masks rounded for the recipe, and without (mixed shards of the same views and tuples); mean bytes
   of the mixes as PNG and JPEG; how many replayed pictures and labels, in batches of another size,
   differ from the generated ones.
+- `codecs`: bytes a mix of these recipes, and of their masks, by compressor, with masks as residuals
+  (as they are stored) and without; seconds to unpack 1,000 mixes.
 - `replay`, `reading`: pictures a second, medians over passes that take turns, with 0 and 2 workers:
   replay against torchvision's CutMix over the same data set and view; ShardDataset against a
   `wds.WebDataset` pipeline.
@@ -41,6 +43,7 @@ from supermix_transforms.offline.inspection import inspect_mixes
 from supermix_transforms.offline.mixedshards import encode_pictures
 
 BATCH, SIZE, PASSES, SEED = 64, 224, 7, 0
+PARTS = ("recipes", "codecs", "replay", "reading", "processes")
 TURNS = 3  # of the two kinds of processes
 
 
@@ -119,6 +122,54 @@ def _kept(labels: Any, probs: torch.Tensor) -> float:
     """The largest difference of a probability that is stored."""
     stored = labels.probs.gather(1, labels.indices)
     return float((stored - probs.gather(1, labels.indices)).abs().max())
+
+
+# -- codecs ----------------------------------------------------------------------------------------
+
+
+def codecs(folder: Path) -> dict[str, Any]:
+    """What the recipes would take, were their fields compressed otherwise."""
+    import bz2
+    import lzma
+    import zlib
+
+    import numpy as np
+
+    from supermix_transforms.offline import recipes
+    from supermix_transforms.offline.replaying import open_unit
+
+    raw = {"format": lzma.FORMAT_RAW, "filters": recipes.FILTERS}
+    compressors: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+        "lzma": (recipes._compress, lambda content: lzma.decompress(content, **raw)),
+        "zlib": (lambda content: zlib.compress(content, 9), zlib.decompress),
+        "bz2": (lambda content: bz2.compress(content, 9), bz2.decompress),
+    }
+    units = [open_unit(path) for path in sorted((folder / "recipes").glob("*.recipe"))]
+    groups = [unit.group(i) for unit in units for i in range(len(unit))]
+    mixes = sum(len(group.kind) for group in groups)
+    fields = [
+        (name, recipes._planes(name, getattr(group, name)))
+        for group in groups
+        for name in recipes.FIELDS
+    ]
+    grids = [np.ascontiguousarray(group.grid).tobytes() for group in groups]
+    found = {}
+    for name, (pack, unpack) in compressors.items():
+        packed = [(field, pack(content)) for field, content in fields]
+        start = time.perf_counter()
+        for _, content in packed:
+            unpack(content)
+        seconds = time.perf_counter() - start
+        every = sum(len(content) for _, content in packed)
+        masks = sum(len(content) for field, content in packed if field == "grid")
+        plain = sum(len(pack(grid)) for grid in grids)
+        found[name] = {
+            "bytes_a_mix": round(every / mixes, 1),
+            "masks": round(masks / mixes, 1),
+            "masks_without_residuals": round(plain / mixes, 1),
+            "unpack_1000_s": round(1000 * seconds / mixes, 4),
+        }
+    return found
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -240,7 +291,7 @@ def processes(shards: Path, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = options_of(__doc__, "offline")
-    parser.add_argument("--parts", nargs="+", default=["recipes", "replay", "reading", "processes"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     parser.add_argument("--work", type=Path, help="a folder that is kept, for a second call")
     parser.add_argument("--child")
     parser.add_argument("--shards", type=Path)
@@ -262,6 +313,8 @@ def main() -> None:
                 continue
             if part == "recipes":
                 report.add({"part": part, **recipes(shards, work)})
+            elif part == "codecs":
+                report.add({"part": part, **codecs(work)})
             elif part == "processes":
                 report.add({"part": part, **processes(shards, work)})
             else:

@@ -141,7 +141,7 @@ def encode(layout: Layout, groups: Sequence[Group]) -> bytes:
         arrays = vars(group)
         counts = _counts(group.kind, len(group.sample))
         _check(layout, counts, arrays)
-        fields = [_pack(name, arrays[name]) for name in FIELDS]
+        fields = [_compress(_planes(name, arrays[name])) for name in FIELDS]
         blocks.append(b"".join(fields))
         entries.append(
             {
@@ -261,11 +261,15 @@ def _dtype_and_shape(
     return np.dtype(dtype), tuple(sizes[size] if isinstance(size, str) else size for size in shape)
 
 
-def _pack(name: str, array: Array) -> bytes:
-    # columns, then bytes of one significance: neighbours are alike then
+def _planes(name: str, array: Array) -> bytes:
+    """Columns, then bytes of one significance: neighbours are alike then."""
     flat = _residuals(array) if name == "grid" else np.moveaxis(array, 0, -1)
-    planes = np.ascontiguousarray(flat).reshape(-1, 1).view(np.uint8).T
-    return lzma.compress(planes.tobytes(), format=lzma.FORMAT_RAW, filters=FILTERS)
+    return np.ascontiguousarray(flat).reshape(-1, 1).view(np.uint8).T.tobytes()
+
+
+def _compress(content: bytes) -> bytes:
+    """A field's bytes, as they stand in the file."""
+    return lzma.compress(content, format=lzma.FORMAT_RAW, filters=FILTERS)
 
 
 def _unpack(name: str, content: bytes, layout: Layout, counts: dict[str, int]) -> Array:
