@@ -369,6 +369,7 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
 
 def main() -> None:
     parser = parser_of(__doc__, "students", tuple(METHODS))
+    parser.add_argument("--student", choices=tuple(STUDENTS), default="resnet20")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="JSON of other calls")
     options = parser.parse_args()
     if options.merge:
@@ -377,7 +378,8 @@ def main() -> None:
         content = every[0] | {"results": results}
         write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
         options.seeds = []  # nothing is run
-    results = run_all(cases_of(options), options, command="python examples/paper/students.py")
+    cases = cases_of(options, student=options.student)
+    results = run_all(cases, options, command="python examples/paper/students.py")
     print("\n".join(table(results)), file=sys.stderr)
 
 
