@@ -99,30 +99,3 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch_and_the_same_draws(ranks, w
 def test_workers_change_nothing(ranks):
     for rank in ranks:
         assert rank["0"] == rank["2"]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_stream_reaches_each_rank_once_and_equally_often(tmp_path, count):
-    write(tmp_path)
-    script = TESTS.parent / "examples" / "stream_shards.py"
-    options = ["--shards", tmp_path, "--teacher", f"{TESTS / 'colours.py'}:colour_teacher"]
-    output = torchrun(count, script, *options, "--batch-size", 2, "--size", 6, "--epochs", 2)
-    facts = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    orders = []
-    for epoch in range(2):
-        parts = [
-            [
-                key
-                for fact in facts
-                if (fact["rank"], fact["epoch"]) == (rank, epoch)
-                for key in fact["keys"]
-            ]
-            for rank in range(count)
-        ]
-        keys = [key for part in parts for key in part]
-        assert len({len(part) for part in parts}) == 1
-        assert len(set(keys)) == len(keys)  # nothing twice
-        # nothing lost but what would make a rank wait for the other
-        assert len(keys) == COUNT if count == 1 else len(keys) >= COUNT / 2
-        orders.append(keys)
-    assert orders[0] != orders[1]
