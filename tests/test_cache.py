@@ -1,6 +1,8 @@
 """Shards from elsewhere, over a server on the loopback address that misbehaves on demand."""
 
 import multiprocessing
+import signal
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,11 +18,15 @@ from supermix_transforms.data.tarindex import index_path, load_index
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `asked` are the paths, `cut` is where a file's bytes end."""
+    """Serves a folder; `asked` are the paths, `cut` is where a file's bytes end.
+
+    What is `stalled` is not sent to its end, and its connection stays open until `released`.
+    """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.asked, self.cut, self.delay = folder, [], None, 0.0
+        self.stalled, self.released = (), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -36,6 +42,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         time.sleep(self.server.delay)
+        if self.path.endswith(self.server.stalled):
+            self.wfile.write(content[: len(content) // 2])
+            self.server.released.wait()
+            return
         self.wfile.write(content[: self.server.cut])
 
     def log_message(self, *_):
@@ -50,6 +60,7 @@ def server(tmp_path):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -117,6 +128,46 @@ def test_a_connection_that_is_cut_leaves_nothing(server, copies):
     assert not list(copies.glob("*.part"))
     server.cut = None
     assert len(ShardDataset(f"{server.url}/part-0.tar", cache_dir=copies)) == 3
+
+
+def test_a_server_that_stalls_is_an_error_and_nothing_of_it_is_believed(
+    server, copies, monkeypatch
+):
+    write_shards(server.folder, [3])
+    url = f"{server.url}/part-0.tar"
+    monkeypatch.setattr(cache, "MOST_SECONDS", 0.2)
+    server.stalled = (".tar",)
+    message = (
+        r"whole tar at .*part-0.tar.*got: nothing for 0.2 seconds after \d+ bytes. Nothing was"
+    )
+    with pytest.raises(ValueError, match=message):
+        ShardDataset(url, cache_dir=copies)
+    assert files(copies) == []
+    assert not list(copies.glob(".*.part"))
+    monkeypatch.undo()
+    server.stalled = ()
+    assert len(ShardDataset(url, cache_dir=copies)) == 3
+
+
+def test_a_published_index_that_stalls_is_none(server, monkeypatch):
+    (shard,) = write_shards(server.folder, [3])
+    load_index(shard)
+    assert cache.published_index(f"{server.url}/part-0.tar") is not None
+    monkeypatch.setattr(cache, "MOST_SECONDS", 0.2)
+    server.stalled = (".index",)
+    assert cache.published_index(f"{server.url}/part-0.tar") is None
+
+
+def test_a_command_that_stalls_is_killed(tmp_path, copies, monkeypatch):
+    (shard,) = write_shards(tmp_path, [3])
+    killed = []
+    kill = subprocess.Popen.kill
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda self: killed.append(self) or kill(self))
+    monkeypatch.setattr(cache, "MOST_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"got: nothing for 0.2 seconds after \d+ bytes"):
+        cache.fetch(f"pipe:cat {shard}; exec sleep 600", copies / "a.tar")
+    (command,) = killed
+    assert command.returncode == -signal.SIGKILL
 
 
 def test_a_shard_of_another_hash_than_its_index_is_an_error(server, copies):

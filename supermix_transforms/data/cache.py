@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import os
 import re
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import get_worker_info
 
@@ -23,6 +25,7 @@ __all__ = ["cached_path", "fetch", "published_index"]
 BLOCK = 1 << 20
 MOST_BYTES = 1 << 36  # of a shard; a stream without end would fill the disk
 MOST_INDEX_BYTES = 1 << 28
+MOST_SECONDS = 120.0  # without a byte; curl tries an address anew for half as long
 
 
 def cached_path(url: str, cache_dir: Path) -> Path:
@@ -51,8 +54,8 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
         sha256: what the copy must have, if it is known.
 
     Raises:
-        ValueError: if the shard cannot be had whole, is another one, or does not fit the disk.
-            Nothing is left behind then.
+        ValueError: if the shard cannot be had whole, is another one, or does not fit the disk, and
+            if nothing comes for `MOST_SECONDS`. Nothing is left behind then.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
@@ -95,20 +98,33 @@ def _shown(name: str) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[object]:
-    from webdataset.gopen import gopen
+def _opened(url: str) -> Iterator[Any]:
+    from webdataset.gopen import gopen, set_options
 
     stream = gopen(url, "rb", bufsize=8192)
     try:
         yield stream
+    except BaseException:
+        # a command that has nothing more to say does not notice that nobody listens
+        if set_options(stream, ignore_errors=True):
+            stream.proc.kill()
+        raise
     finally:
         stream.close()
 
 
-def _blocks(stream: object, most: int) -> Iterator[bytes]:
+def _blocks(stream: Any, most: int) -> Iterator[bytes]:
+    """The content of a file or of a command's output, as it comes."""
+    handle = getattr(stream, "stream", stream).fileno()
+    waiting = select.poll()
+    waiting.register(handle, select.POLLIN)
     total = 0
-    while block := stream.read(BLOCK):  # type: ignore[attr-defined]
+    while waiting.poll(1000 * MOST_SECONDS):
+        block = os.read(handle, BLOCK)
+        if not block:
+            return
         total += len(block)
         if total > most:
             raise ValueError(f"more than {most} bytes")
         yield block
+    raise TimeoutError(f"nothing for {MOST_SECONDS:g} seconds after {total} bytes")
