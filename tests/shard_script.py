@@ -7,13 +7,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from colours import colour_teacher
+from colours import NUM_CLASSES, colour_teacher
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from supermix_transforms import ShardDataset, ShardSampler, SuperMixCollate
+from supermix_transforms import ShardDataset, ShardSampler, SuperMixCollate, TeacherLabeler
+from supermix_transforms.training import evaluate
+from supermix_transforms.training.loss import Pictured
 
 BATCH, SEED, RESUMED_EPOCH, RESUMED_AT = 4, 3, 1, 1
 
@@ -27,6 +31,13 @@ def facts(batch) -> dict:
         "weights": batch.weights.tolist(),
         "mixed": batch.mixed.flatten(1).double().sum(dim=1).tolist(),
     }
+
+
+def judged() -> nn.Module:
+    """A student that is right about some pictures."""
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, NUM_CLASSES))
+    return Pictured(network, None, None)
 
 
 def make_loader(dataset: ShardDataset, workers: int) -> tuple[SuperMixCollate, DataLoader]:
@@ -53,11 +64,17 @@ def read(accelerator: Accelerator, folder: Path, workers: int) -> dict:
     collate.set_epoch(RESUMED_EPOCH)
     resumed = [facts(batch) for batch in skip_first_batches(loader, RESUMED_AT)]
 
+    metrics = evaluate(
+        judged(),
+        accelerator.prepare(DataLoader(dataset, BATCH, num_workers=workers)),
+        accelerator,
+        TeacherLabeler(colour_teacher()),
+    )
     seen = []
     for images, labels in accelerator.prepare(DataLoader(dataset, BATCH, num_workers=workers)):
         shades, labels = accelerator.gather_for_metrics((images[:, 0, 0, 0], labels))
         seen += zip(shades.tolist(), labels.tolist(), strict=True)
-    return {"epochs": epochs, "resumed": resumed, "evaluated": seen}
+    return {"epochs": epochs, "resumed": resumed, "evaluated": seen, "metrics": metrics}
 
 
 def main(folder: Path) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import NUM_CLASSES
-from shard_script import BATCH, RESUMED_AT, RESUMED_EPOCH
+from colours import NUM_CLASSES, colour_teacher
+from shard_script import BATCH, RESUMED_AT, RESUMED_EPOCH, judged
 from tars import picture, write_tar
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
 
 TESTS = Path(__file__).parent
 LENGTHS = [4, 7, 3, 6, 2]
@@ -32,17 +36,21 @@ def write(folder: Path) -> None:
         write_tar(folder / f"part-{i}.tar", members)
 
 
-def torchrun(ranks: int, *arguments: object) -> str:
-    """What the ranks print."""
+def launch(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.run(
-        [*launch, f"--nproc-per-node={ranks}", *map(str, arguments)],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, f"--nproc-per-node={ranks}", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def torchrun(ranks: int, *arguments: object) -> str:
+    """What the ranks print."""
+    process = launch(ranks, *arguments)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -65,6 +73,25 @@ def test_an_evaluation_sees_each_sample_once(ranks, workers):
     expected = [[11 * number, number % NUM_CLASSES] for number in range(COUNT)]
     for rank in ranks:
         assert rank[workers]["evaluated"] == expected
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_figures_of_an_evaluation_are_those_of_one_process(ranks, workers):
+    shade = 11.0 * torch.arange(COUNT)
+    colours = torch.stack([shade, 255 - shade, torch.full((COUNT,), 7.0)], dim=1) / 255
+    probs = judged()(colours[:, :, None, None]).detach().softmax(dim=1)
+    labels = torch.arange(COUNT) % NUM_CLASSES
+    seen = colour_teacher()(colours[:, :, None, None]).argmax(dim=1)
+    expected = {
+        "top1": multiclass_accuracy(probs, labels, NUM_CLASSES, average="micro"),
+        "top5": 1.0,
+        "ece": multiclass_calibration_error(probs, labels, NUM_CLASSES),
+        "agreement": multiclass_accuracy(probs, seen, NUM_CLASSES, average="micro"),
+    }
+    assert 0 < expected["top1"] < expected["agreement"] < 1
+    for rank in ranks:
+        found = rank[workers]["metrics"]
+        assert found == pytest.approx({name: float(value) for name, value in expected.items()})
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
