@@ -68,11 +68,42 @@ def test_a_line_that_is_none_is_an_error(ledger, line):
         ledger.entries()
 
 
-def test_a_file_outside_of_the_folder_is_an_error(ledger):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "../000-000000.recipe"}, "is no name of a unit's file"),
+        ({"file": "/000-000000.recipe"}, "is no name of a unit's file"),
+        ({"file": "000-000001.recipe"}, "is no name of a unit's file"),
+        ({"file": "000-000000.exe"}, "is no name of a unit's file"),
+        ({"unit": "a", "file": "a.recipe"}, "is no name of a unit's file"),
+        ({"unit": ["000-000000"]}, "names that are no texts"),
+        ({"file": 5}, "names that are no texts"),
+        ({"settings": None}, "names that are no texts"),
+        ({"sha256": "0"}, "what is no sha256"),
+        ({"mixes": 5.0}, "counts that are no integers"),
+        ({"converged": True}, "counts that are no integers"),
+        ({"converged": 6}, "counts out of range"),
+        ({"converged": -1}, "counts out of range"),
+        ({"mixes": 10**400}, "counts out of range"),
+        ({"bytes": -7}, "counts out of range"),
+        ({"more": 1}, "unexpected keyword"),
+    ],
+)
+def test_a_line_of_other_values_is_an_error(ledger, change, message):
     begin(ledger)
-    wrong = UnitEntry("a", "../a", 1, 1, 1, "")
-    (ledger.folder / "manifest.jsonl").write_text(json.dumps(vars(wrong)) + "\n")
-    with pytest.raises(ValueError, match="a file outside of the folder"):
+    right = vars(entry(ledger.folder, "000-000000.recipe"))
+    manifest = ledger.folder / "manifest.jsonl"
+    manifest.write_text(json.dumps(right) + "\n")
+    assert len(ledger.entries()) == 1
+    manifest.write_text(json.dumps({**right, **change}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        ledger.entries()
+
+
+def test_a_manifest_that_is_a_folder_is_an_error(ledger):
+    begin(ledger)
+    (ledger.folder / "manifest.jsonl").mkdir()
+    with pytest.raises(ValueError, match="expected a file"):
         ledger.entries()
 
 
@@ -138,11 +169,14 @@ def test_a_folder_that_can_not_be_made_is_an_error(tmp_path):
 
 def test_what_killed_processes_left_is_swept(ledger):
     begin(ledger)
-    names = [".000-000000.recipe.ab12", ".000-000001.recipe.cd34", "000-000000.recipe"]
-    for name in names:
+    names = [".000-000000.recipe.ab12", "._info.json.ef56"]
+    others = [".000-000001.recipe.cd34", "000-000000.recipe", ".manifest.lock", ".manifest.1.lock"]
+    for name in [*names, *others, ".settings.json.0123"]:
         (ledger.folder / name).write_text("")
-    ledger.sweep({"000-000000"})
-    assert {name for name in names if (ledger.folder / name).exists()} == set(names[1:])
+    ledger.sweep({"000-000000", "_info"})
+    begin(ledger)  # sweeps what was begun of the settings
+    left = {path.name for path in ledger.folder.iterdir()}
+    assert left == {*others, ".manifest.0.lock", "settings.json"}
 
 
 def test_the_fingerprint_is_of_the_content():

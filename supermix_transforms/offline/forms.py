@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.files import write_atomically
 from supermix_transforms.mixing import Draw, or_labels
 from supermix_transforms.offline.ledger import Ledger
 from supermix_transforms.offline.mixedshards import (
+    INFO,
     PictureFormat,
     decoded,
     encode_pictures,
+    info_of,
     samples_of,
-    write_info,
     write_tar,
 )
 from supermix_transforms.offline.recipes import Group, Layout, encode
@@ -116,7 +119,8 @@ class ShardForm:
         write_tar(file, unit, itertools.chain.from_iterable(made))
 
     def finish(self, ledger: Ledger) -> None:
-        write_info(ledger.folder, sorted(ledger.entries().values(), key=lambda each: each.unit))
+        ledger.sweep({Path(INFO).stem})
+        write_atomically(ledger.folder / INFO, info_of(ledger.entries().values()))
 
 
 def _judged(

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,19 @@ import numpy as np
 from supermix_transforms.batch import MixBatch
 from supermix_transforms.data.pictures import png
 from supermix_transforms.data.shards import ShardDataset
-from supermix_transforms.data.tarindex import make_index
+from supermix_transforms.data.tarindex import index_path
 from supermix_transforms.files import sha256_of, write_atomically
 from supermix_transforms.losses import sparsity
-from supermix_transforms.offline.ledger import Ledger, UnitEntry
-from supermix_transforms.offline.replaying import open_unit, replay
+from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.mixedshards import INFO
+from supermix_transforms.offline.replaying import replay
+from supermix_transforms.offline.verification import (
+    Plan,
+    Sums,
+    info_problems,
+    look_at_recipes,
+    look_at_shard,
+)
 from supermix_transforms.plots import TOP, Panel, Seen, contact_sheet, require_matplotlib
 from supermix_transforms.results import Outcome, TeacherLabels
 
@@ -42,8 +49,8 @@ class Inspection:
     converged: int
     bytes: int
     bytes_by_field: dict[str, float]  # a mix; of recipes
-    outcomes: dict[str, int]  # of recipes, if verified
-    steps: float | None  # mean, of recipes, if verified
+    outcomes: dict[str, int]  # if verified
+    steps: float | None  # mean, if verified
     verified: bool
     problems: tuple[str, ...]  # none, or what is wrong
     settings: dict[str, Any]
@@ -55,25 +62,27 @@ def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
 
     Args:
         out: the folder.
-        verify: read every byte: checksums, every value of every recipe, every tar to its end.
-            Progress is shown on a terminal.
+        verify: read every byte: checksums, every value of every recipe, every tar to its end; what
+            the manifest counts; that units are those of the settings, made with them, and no file
+            is there that `generate` does not write. Progress is shown on a terminal.
 
     Raises:
-        ValueError: if it is no such folder. What is wrong inside of it is listed in `problems`.
+        ValueError: if it is no such folder, or its settings or manifest cannot be read. What else
+            is wrong inside of it is listed in `problems`.
     """
     from rich.console import Console
     from rich.progress import track
 
     ledger = Ledger(out)
     settings = ledger.settings()
+    plan = Plan.of(ledger, settings)
     entries = ledger.entries()
     problems = []
-    units = settings.get("units")
-    if len(entries) != units:
-        problems.append(f"{len(entries)} of {units} units are there: start generate again to go on")
-    fields: Counter[str] = Counter()
-    outcomes: Counter[str] = Counter()
-    steps: list[float] = []
+    if len(entries) != plan.units:
+        problems.append(
+            f"{len(entries)} of {plan.units} units are there: start generate again to go on"
+        )
+    sums = Sums()
     console = Console(stderr=True)
     quiet = not (verify and console.is_terminal)
     for entry in track(entries.values(), "verify", console=console, disable=quiet, transient=True):
@@ -81,48 +90,37 @@ def inspect_mixes(out: str | Path, *, verify: bool = False) -> Inspection:
         try:
             if verify and sha256_of(path) != entry.sha256:
                 raise ValueError(f"{path.name}: its sha256 is not the one in the manifest")
-            if settings.get("form") == "recipes":
-                _look_at(path, entry, verify, fields, outcomes, steps)
-            elif verify and len(make_index(path)) != entry.mixes:
-                raise ValueError(f"{path.name}: expected {entry.mixes} samples, got others")
-        except ValueError as error:
+            if plan.form == "recipes":
+                look_at_recipes(path, entry, settings, plan, verify, sums)
+            elif verify:
+                look_at_shard(path, entry, settings, sums)
+        except (ValueError, OSError) as error:
             problems.append(str(error))
+    if verify:
+        problems += ledger.problems()
+        problems += [each for entry in entries.values() for each in plan.problems(entry)]
+        known = {"report.html"}  # of `supermix report`
+        if plan.form == "shards":
+            known |= {INFO, *(index_path(Path(entry.file)).name for entry in entries.values())}
+            problems += info_problems(ledger)
+        problems += ledger.strays(known)
     mixes = sum(entry.mixes for entry in entries.values())
     return Inspection(
         out=str(ledger.folder),
-        form=str(settings.get("form")),
-        units=int(units or 0),
+        form=plan.form,
+        units=plan.units,
         finished=len(entries),
         mixes=mixes,
         converged=sum(entry.converged for entry in entries.values()),
         bytes=sum(entry.bytes for entry in entries.values()),
-        bytes_by_field={name: count / max(1, mixes) for name, count in fields.items()},
-        outcomes=dict(outcomes),
-        steps=float(np.mean(steps)) if steps else None,
+        bytes_by_field={name: count / max(1, mixes) for name, count in sums.fields.items()},
+        outcomes=dict(sums.outcomes),
+        steps=float(np.mean(sums.steps)) if sums.steps else None,
         verified=verify,
         problems=tuple(problems),
         settings=settings,
         versions=ledger.versions(),
     )
-
-
-def _look_at(
-    path: Path,
-    entry: UnitEntry,
-    verify: bool,
-    fields: Counter[str],
-    outcomes: Counter[str],
-    steps: list[float],
-) -> None:
-    """Add up a file of recipes; raises a ValueError for what does not fit its entry."""
-    reader = open_unit(path)
-    if sum(reader.counts) != entry.mixes:
-        raise ValueError(f"{path.name}: expected {entry.mixes} mixes, got {sum(reader.counts)}")
-    fields.update(reader.bytes_by_field())
-    for number in range(len(reader)) if verify else ():
-        group = reader.group(number)
-        outcomes.update(Outcome(int(value)).name for value in group.outcome)
-        steps.extend(group.steps.tolist())
 
 
 def print_inspection(inspection: Inspection) -> None:
@@ -151,10 +149,11 @@ def print_inspection(inspection: Inspection) -> None:
     if i.outcomes:
         console.print("outcomes: " + ", ".join(f"{n} {c:,}" for n, c in i.outcomes.items()))
     shown = ("mix", "k", "alpha", "partners", "passes", "top", "seed", "num_classes")
-    console.print("  ".join(f"{name} {i.settings.get(name)}" for name in shown), soft_wrap=True)
-    console.print("  ".join(f"{name} {text}" for name, text in i.versions.items()), soft_wrap=True)
-    for problem in i.problems:
-        console.print(f"WRONG: {problem}", markup=False, soft_wrap=True)
+    lines = ["  ".join(f"{name} {i.settings.get(name)}" for name in shown)]
+    lines += ["  ".join(f"{name} {text}" for name, text in i.versions.items())]
+    lines += [f"WRONG: {problem}" for problem in i.problems]
+    for line in lines:  # of a file from anywhere: no markup
+        console.print(line, markup=False, soft_wrap=True)
     if i.verified and not i.problems:
         console.print("all of it is as it was written")
 

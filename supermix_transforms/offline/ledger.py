@@ -10,17 +10,23 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from supermix_transforms.files import lock, try_lock, write_atomically
+from supermix_transforms.files import lock, sha256_of, try_lock, write_atomically
 
 __all__ = ["Ledger", "UnitEntry", "fingerprint", "versions"]
 
 FORMAT, VERSION = "supermix-mixes", 1
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+UNIT_FILE = re.compile(r"([0-9]{3}-[0-9]{6,})\.(recipe|tar)")
+LOCK = re.compile(r"\.manifest\.([0-9]+\.)?lock")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]+")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST_MIXES = 1 << 30  # of a unit
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class UnitEntry:
     converged: int
     bytes: int
     sha256: str
+    settings: str = ""  # sha256 of settings.json; lines that are older than this have none
 
 
 class Ledger:
@@ -70,8 +77,7 @@ class Ledger:
                     "where another run is at work. Wait for it, or choose another folder."
                 )
             with self.complaining(), lock(self._lock):
-                for left in self.folder.glob(f".{SETTINGS}.*"):  # by a process that was killed
-                    left.unlink(missing_ok=True)
+                self.sweep({Path(SETTINGS).stem})
                 if not self.is_begun:
                     self._begin(settings, versions)
             self.compare(settings)
@@ -90,21 +96,20 @@ class Ledger:
 
     def enter(self, entry: UnitEntry) -> None:
         """Note that a unit's file is whole and has its name."""
-        line = json.dumps(asdict(entry)) + "\n"
         with lock(self._lock), self._manifest.open("a+b") as file:
             file.seek(0)
             content = file.read()
             whole = content.rfind(b"\n") + 1
             if whole < len(content):  # the end of a line was lost with its process
                 file.truncate(whole)
-            file.write(line.encode())
+            file.write(_line(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def sweep(self, units: set[str]) -> None:
-        """Remove what killed processes had begun of these units."""
-        for path in self.folder.glob(".*-*.*.*"):
-            if path.name[1:].split(".")[0] in units:
+    def sweep(self, stems: set[str]) -> None:
+        """Remove what killed processes had begun of these units, or files without their suffix."""
+        for path in self.folder.glob(".*.*.*"):
+            if TEMPORARY.fullmatch(path.name) and path.name.split(".")[1] in stems:
                 path.unlink(missing_ok=True)
 
     def is_alive(self, rank: int) -> bool:
@@ -180,37 +185,110 @@ class Ledger:
             ) from error
         return dict(content)
 
+    def settings_digest(self) -> str:
+        """What units are entered with, so that they are not taken for those of other settings."""
+        return sha256_of(self.folder / SETTINGS)
+
     def entries(self) -> dict[str, UnitEntry]:
         """Every finished unit whose file is there in the size that was entered.
 
         Raises:
             ValueError: if the manifest is damaged.
         """
-        entries: dict[str, UnitEntry] = {}
-        content = self._manifest.read_bytes() if self._manifest.exists() else b""
-        for line in content.split(b"\n")[:-1]:  # what follows the last end of line was lost
-            try:
-                entry = UnitEntry(**json.loads(line))
-                if entry.file != Path(entry.file).name:
-                    raise ValueError("a file outside of the folder")
-                if not all(
-                    type(each) is int for each in (entry.mixes, entry.converged, entry.bytes)
-                ):
-                    raise ValueError("counts that are no integers")
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"recipes: expected a unit in each line of {str(self._manifest)!r}, got "
-                    f"{line[:80]!r}: {error}. Remove that line and generate again."
-                ) from error
-            entries[entry.unit] = entry
+        # what follows the last end of line was lost
+        entries = {entry.unit: entry for entry in map(self._entry, self._lines()[:-1])}
         return {unit: entry for unit, entry in entries.items() if self._is_there(entry)}
+
+    def problems(self) -> list[str]:
+        """What is wrong with settings and manifest, though both can be read.
+
+        Raises:
+            ValueError: as `settings` and `entries`.
+        """
+        problems = []
+        *lines, rest = self._lines()
+        entries = [self._entry(line) for line in lines]
+        if rest:
+            problems.append(f"{MANIFEST}: its last line is cut: {rest[:80]!r}")
+        problems += [
+            f"{MANIFEST}: the line of {entry.unit} is not as it was written"
+            for entry, line in zip(entries, lines, strict=True)
+            if _line(entry) != line
+        ]
+        digest = self.settings_digest()
+        others = sum(entry.settings != digest for entry in entries)
+        if others:
+            problems.append(
+                f"{SETTINGS} is not the file that {others} of {len(entries)} units were made with"
+            )
+        return problems
+
+    def strays(self, known: set[str]) -> list[str]:
+        """Files that are not part of the mixes, each with what to do; `known` ones are left out.
+
+        Raises:
+            ValueError: as `entries`.
+        """
+        entries = self.entries().values()
+        known = {SETTINGS, MANIFEST, *known, *(entry.file for entry in entries)}
+        strays = []
+        for name in sorted(path.name for path in self.folder.iterdir()):
+            if name in known or LOCK.fullmatch(name):
+                continue
+            if TEMPORARY.fullmatch(name):
+                what = "is being written, or was left by a process that was killed: generate again"
+            elif UNIT_FILE.fullmatch(name):
+                what = "is not in the manifest, or of another size there: generate again"
+            else:
+                what = "is none of the files that generate writes: move it elsewhere"
+            strays.append(f"{name!r} {what}")
+        return strays
 
     def path(self, entry: UnitEntry) -> Path:
         return self.folder / entry.file
 
+    def _lines(self) -> list[bytes]:
+        """Of the manifest; the last one is what follows the last end of line."""
+        try:
+            return self._manifest.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [b""]
+        except OSError as error:
+            raise ValueError(
+                f"recipes: expected a file {str(self._manifest)!r}, got {error.strerror}. Generate "
+                "into another folder."
+            ) from error
+
+    def _entry(self, line: bytes) -> UnitEntry:
+        try:
+            entry = UnitEntry(**json.loads(line))
+            texts = (entry.unit, entry.file, entry.sha256, entry.settings)
+            if not all(type(each) is str for each in texts):
+                raise ValueError("names that are no texts")
+            named = UNIT_FILE.fullmatch(entry.file)
+            if named is None or named[1] != entry.unit:  # nor is it outside of the folder then
+                raise ValueError(f"{entry.file!r} is no name of a unit's file")
+            if not SHA256.fullmatch(entry.sha256):
+                raise ValueError("what is no sha256")
+            counts = (entry.mixes, entry.converged, entry.bytes)
+            if not all(type(each) is int for each in counts):
+                raise ValueError("counts that are no integers")
+            if not 0 <= entry.converged <= entry.mixes <= MOST_MIXES or entry.bytes < 0:
+                raise ValueError("counts out of range")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"recipes: expected a unit in each line of {str(self._manifest)!r}, got "
+                f"{line[:80]!r}: {error}. Remove that line and generate again."
+            ) from error
+        return entry
+
     def _is_there(self, entry: UnitEntry) -> bool:
         path = self.path(entry)
         return path.is_file() and path.stat().st_size == entry.bytes
+
+
+def _line(entry: UnitEntry) -> bytes:
+    return json.dumps(asdict(entry)).encode()
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
@@ -11,21 +10,22 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.data.pictures import read_picture
-from supermix_transforms.files import write_atomically
 from supermix_transforms.offline.ledger import UnitEntry
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 
 __all__ = [
+    "INFO",
     "PictureFormat",
     "decoded",
     "encode_pictures",
+    "info_of",
     "samples_of",
     "stored_probs",
-    "write_info",
     "write_tar",
 ]
 
 PictureFormat: TypeAlias = Literal["png", "webp", "jpg"]
+INFO = "_info.json"
 SAVE: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "webp": {"format": "WEBP"},
@@ -139,16 +139,16 @@ def stored_probs(members: Mapping[str, bytes], num_classes: int) -> Tensor:
         ) from error
 
 
-def write_info(folder: Path, entries: Sequence[UnitEntry]) -> None:
-    """``_info.json``, in which timm looks for the shards of a split, "train", and their lengths."""
+def info_of(entries: Iterable[UnitEntry]) -> bytes:
+    """What timm looks for in ``_info.json``: the shards of a split, "train", and their lengths."""
+    entries = sorted(entries, key=lambda each: each.unit)
     split = {
         "name": "train",
         "num_samples": sum(entry.mixes for entry in entries),
         "filenames": [entry.file for entry in entries],
         "shard_lengths": [entry.mixes for entry in entries],
     }
-    content = json.dumps({"splits": {"train": split}}, indent=1) + "\n"
-    write_atomically(folder / "_info.json", content.encode())
+    return (json.dumps({"splits": {"train": split}}, indent=1) + "\n").encode()
 
 
 def write_tar(file: BinaryIO, unit: str, samples: Iterable[dict[str, bytes]]) -> None:

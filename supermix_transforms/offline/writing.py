@@ -164,6 +164,7 @@ class Run:
             converged=int((outcomes == Outcome.CONVERGED).sum()),
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
+            settings=self._ledger.settings_digest(),
         )
         self._ledger.enter(entry)
         self._made += entry.mixes
