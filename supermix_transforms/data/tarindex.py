@@ -1,8 +1,5 @@
 """Where each sample of a WebDataset tar lies: one strict reading of it, kept in a file beside it.
 
-Readers of a tar stream are silent where it is damaged: at a header that is cut or wrong they stop,
-as if the archive ended there. Here a tar is whole, up to the zeros at its end, or it is an error.
-
 Names are read as webdataset reads them: the key ends at the first dot of the base name, the suffix
 is lower-cased, neighbours of one key are a sample. Nothing but headers is looked at.
 
@@ -13,17 +10,17 @@ has the size and the time of change that it states; else it is made anew.
 import hashlib
 import json
 import os
-import re
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from supermix_transforms.data.tarheaders import BLOCK, tar_members
 from supermix_transforms.files import write_atomically
 
 __all__ = [
@@ -38,10 +35,9 @@ __all__ = [
 ]
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-BLOCK = tarfile.BLOCKSIZE
 FORMAT, VERSION = "supermix-index", 1
-SKIPPED_NAMES = re.compile(r"__[^/]*__($|/)")  # metadata, to webdataset
 MOST_MEMBER_BYTES = 1 << 30
+MOST_CELLS = 100  # of the table, for each member; most of it would say that there is none
 
 Places = npt.NDArray[np.int64]
 
@@ -90,7 +86,7 @@ def make_index(shard: Path) -> ShardIndex:
     try:
         with shard.open("rb") as file:
             before = os.fstat(file.fileno())
-            members = list(_members(shard, file, before.st_size))
+            members = list(_members(shard, file))
             file.seek(0)
             sha256 = hashlib.sha256()
             while block := file.read(1 << 20):
@@ -105,6 +101,14 @@ def make_index(shard: Path) -> ShardIndex:
             f"shards: expected a finished tar file, got {str(shard)!r}, which changes while it is "
             "read. Wait until it is written."
         )
+    keys, doubles, places = _table(shard, members)
+    return ShardIndex(after.st_size, after.st_mtime_ns, sha256.hexdigest(), keys, doubles, places)
+
+
+def _table(
+    shard: Path, members: list[tuple[str, str, int, int]]
+) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Places]]:
+    """Keys, doubles and places; see `ShardIndex`."""
     keys: list[str] = []
     seen: dict[str, int] = {}
     doubles: set[int] = set()
@@ -118,54 +122,26 @@ def make_index(shard: Path) -> ShardIndex:
         if len(keys) - 1 in found:
             doubles.add(len(keys) - 1)
         found[len(keys) - 1] = offset, size
+    if len(keys) * len(rows) > MOST_CELLS * max(len(members), 10_000):
+        raise ValueError(
+            f"shards: expected samples of few kinds of members, got {len(rows)} suffixes of "
+            f"{len(keys)} samples in {str(shard)!r}, such as {next(iter(rows))!r}. A key ends at "
+            "the first dot of a name: write the members as KEY.SUFFIX, with no dot in the key."
+        )
     places = {suffix: np.full((len(keys), 2), -1, dtype=np.int64) for suffix in rows}
     for suffix, found in rows.items():
         places[suffix][list(found)] = list(found.values())
-    return ShardIndex(
-        after.st_size,
-        after.st_mtime_ns,
-        sha256.hexdigest(),
-        tuple(keys),
-        tuple(sorted(doubles)),
-        places,
-    )
+    return tuple(keys), tuple(sorted(doubles)), places
 
 
-def _members(shard: Path, file: Any, size: int) -> Iterator[tuple[str, str, int, int]]:
-    """Key, suffix, offset and bytes of each regular file of a tar that is checked to its end."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # they would all be kept
-                place = _key_and_suffix(member)
-                if place is not None:
-                    yield *place, member.offset_data, member.size
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"shards: expected a whole uncompressed tar file, got {str(shard)!r}: {error}. Copy it "
-            "again, or unpack it (gunzip)."
-        ) from error
-    file.seek(end)
-    tail = file.read(10 * tarfile.RECORDSIZE)
-    while tail and not tail.strip(b"\0"):
-        tail = file.read(10 * tarfile.RECORDSIZE)
-    if tail or size < end + 2 * BLOCK:
-        raise ValueError(
-            f"shards: expected a whole tar file, got {str(shard)!r} of {size} bytes, in which "
-            f"{'no header follows' if tail else 'the end is missing'} at byte {end}. Samples after "
-            "that would be lost. Copy the file again."
-        )
-
-
-def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """What webdataset makes of a member's name; None for what it leaves out."""
+def _members(shard: Path, file: BinaryIO) -> Iterator[tuple[str, str, int, int]]:
+    """Key, suffix, offset and bytes of each member that is part of a sample to webdataset."""
     from webdataset.tariterators import base_plus_ext
 
-    if not member.isreg() or SKIPPED_NAMES.match(member.name):
-        return None
-    key, suffix = base_plus_ext(member.name)
-    return None if key is None else (key, suffix.lower())
+    for member in tar_members(shard, file):
+        key, suffix = base_plus_ext(member.name)
+        if key is not None:
+            yield key, suffix.lower(), member.offset_data, member.size
 
 
 def read_members(
