@@ -48,6 +48,16 @@ def test_a_line_that_was_cut_is_overwritten(ledger):
     assert len(manifest.read_text().splitlines()) == 2
 
 
+def test_of_two_lines_of_a_unit_the_last_one_holds(ledger):
+    begin(ledger)
+    first = entry(ledger.folder, "000-000000.recipe", b"long ago")
+    second = entry(ledger.folder, "000-000000.recipe")
+    ledger.enter(first)
+    assert ledger.entries() == {}  # another size is there
+    ledger.enter(second)
+    assert ledger.entries() == {second.unit: second}
+
+
 def test_a_unit_whose_file_is_gone_or_short_is_not_finished(ledger):
     begin(ledger)
     first, second = (entry(ledger.folder, f"000-00000{i}.recipe") for i in range(2))

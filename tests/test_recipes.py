@@ -1,10 +1,14 @@
 """The codec of recipes, read by a second decoder too, and given what is no recipe."""
 
 import hashlib
+import itertools
 import json
 import lzma
+import re
 import tracemalloc
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import plain_decoder
@@ -16,16 +20,23 @@ from hypothesis import strategies as st
 from supermix_transforms.offline.recipes import (
     FIELDS,
     FILTERS,
+    MOST,
     PREFIX,
+    VERSION,
     Group,
+    Kind,
     Layout,
     RecipeReader,
+    _compress,
+    _planes,
     _unpack,
     encode,
     picture_digest,
 )
 from supermix_transforms.quantised import exact_parts, quantise
+from supermix_transforms.results import Outcome
 
+PAGE = Path(__file__).parents[1] / "docs" / "format.md"
 LAYOUT = Layout(3, 5, 40, 4, 20, 12, "a" * 64)
 
 
@@ -123,6 +134,56 @@ def test_a_decoder_that_knows_the_page_alone_renders_the_same_masks(k, w, size):
     assert plain_decoder.parts(planes, w, *size) == exact_parts(steps, size)[0].tolist()
 
 
+def page_table(first: str) -> list[list[str]]:
+    """Rows of the table of docs/format.md whose head begins with that word, without marks."""
+    lines = iter(PAGE.read_text().splitlines())
+    next(line for line in lines if line.startswith(f"| {first} |"))
+    next(lines)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def test_the_page_has_the_fields_that_are_written():
+    types = {"<u2": "uint16", "<u4": "uint32", "<i2": "int16", "<f2": "float16"}
+    types |= {"u1": "uint8", "i1": "int8", "class": "class"}
+    short = {"LOGITS": "L", "CONSTANT": "C", "BOXES": "B", "k - 1": "k − 1"}
+    written = [
+        [name, types[dtype], ", ".join(str(short.get(size, size)) for size in shape)]
+        for name, (dtype, shape) in FIELDS.items()
+    ]
+    assert [row[:3] for row in page_table("field")] == written
+
+
+def test_the_page_has_the_limits_that_are_checked():
+    rows = [
+        (
+            name.strip(" `")
+            .removeprefix("bytes of the ")
+            .removeprefix("bytes of a ")
+            .split(",")[0],
+            int(low),
+            int(high.split(", and")[0].replace(",", "")),
+        )
+        for names, low, high in page_table("number")
+        for name in (names.split("`, `") if "`" in names else [names])
+    ]
+    assert {name: high for name, _, high in rows} == {"version": VERSION, **MOST}
+    with pytest.raises(ValueError, match="expected 1"):
+        Layout(**{**asdict(LAYOUT), "top": 0})
+    empty = {"version", *asdict(LAYOUT)}
+    assert all(low == (name in empty) for name, low, _ in rows)
+
+
+def test_the_page_has_the_outcomes_and_kinds():
+    meaning = {row[0]: row[3] for row in page_table("field")}
+    outcomes = ["converged", "steps used up", "teacher not finite", "not mixed"]
+    names = [Outcome.CONVERGED, Outcome.MAX_STEPS, Outcome.NOT_FINITE, Outcome.UNMIXED]
+    assert list(Outcome) == names
+    assert meaning["outcome"] == ", ".join(f"{n} {text}" for n, text in enumerate(outcomes))
+    assert list(Kind) == [Kind.LOGITS, Kind.CONSTANT, Kind.BOXES]
+    assert meaning["kind"] == "of the masks: 0 logits, 1 constant, 2 boxes"
+
+
 def test_bytes_by_field_add_up_to_the_file():
     assert sum(reader(CONTENT).bytes_by_field().values()) == len(CONTENT)
 
@@ -186,7 +247,31 @@ def change_layout(**values):
         (change_layout(top=41), "top: expected at most 40 classes"),
         (change_layout(top=True), "top: expected 1..65536, got True"),
         (change_layout(k="2"), "k: expected 1..64, got '2'"),
+        (change_layout(k=65), "k: expected 1..64, got 65"),
+        (change_layout(k=2.0), r"k: expected 1..64, got 2\.0"),
+        (change_layout(mask_size=0), "mask_size: expected 1..256, got 0"),
+        (change_layout(mask_size=257), "mask_size: expected 1..256, got 257"),
+        (change_layout(num_classes=0), "num_classes: expected"),
+        (change_layout(num_classes=(1 << 24) + 1), "num_classes: expected 1..16777216"),
+        (change_layout(top=0), "top: expected 1..65536, got 0"),
+        (change_layout(top=65537, num_classes=70000), "top: expected 1..65536, got 65537"),
+        (change_layout(height=0), "height: expected 1..16384, got 0"),
+        (change_layout(width=-1), "width: expected 1..16384, got -1"),
+        (change_layout(width=16385), "width: expected 1..16384, got 16385"),
         (change_layout(settings=5), "settings: expected a sha256"),
+        (change_layout(settings="a" * 63), "settings: expected a sha256"),
+        (change_layout(settings="a" * 65), "settings: expected a sha256"),
+        (change_layout(settings="A" * 64), "settings: expected a sha256"),
+        (change_layout(settings="a" * 63 + "\n"), "settings: expected a sha256"),
+        (lambda header: header["layout"].pop("width"), "missing 1 required"),
+        (lambda header: header.pop("layout"), "layout"),
+        (change_group(originals=65537), "counts that do not fit"),
+        (change_group(mixes=65537, kinds=[65535, 1, 1]), "counts that do not fit"),
+        (change_group(mixes=5.0), "counts that are negative or no"),
+        (change_group(kinds=[3, 2]), "counts that do not fit"),
+        (change_group(kinds=[6, -1, 0]), "counts that are negative or no"),
+        (change_group(kinds=None), "NoneType"),
+        (change_group(bytes=[1] * 17), "counts that do not fit"),
         (change_layout(more=1), "unexpected keyword argument"),
         (change_group(originals=1 << 40), "counts that do not fit"),
         (change_group(mixes=-5), "counts that are negative or no"),
@@ -206,10 +291,29 @@ def test_a_header_made_up_is_an_error(change, message):
         read_all(with_header(change))
 
 
-def test_a_later_version_says_so():
-    start = PREFIX.pack(b"supermix", 2, 2) + b"{}"
-    with pytest.raises(ValueError, match="it is of version 2, and this reads version 1"):
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_version_says_so(version):
+    start = PREFIX.pack(b"supermix", version, 2) + b"{}"
+    with pytest.raises(ValueError, match=f"it is of version {version}, and this reads version 1"):
         reader(start + hashlib.sha256(start).digest())
+
+
+@pytest.mark.parametrize("text", [b"", b"nonsense", b"[]", b"\xff", b"[" * 9999, b'{"groups": []}'])
+def test_a_header_that_is_none_is_an_error(text):
+    start = PREFIX.pack(b"supermix", 1, len(text)) + text
+    with pytest.raises(ValueError, match="recipes: expected what `supermix generate` wrote"):
+        reader(start + hashlib.sha256(start).digest())
+
+
+@pytest.mark.parametrize("length", [len(CONTENT) + 1, (1 << 24) + 1, (1 << 32) - 1])
+def test_a_header_of_too_many_bytes_is_not_read(length):
+    def read(at: int, size: int) -> bytes:
+        assert size <= PREFIX.size
+        return PREFIX.pack(b"supermix", 1, length)
+
+    size = len(CONTENT) if length < 1 << 24 else 1 << 33
+    with pytest.raises(ValueError, match=f"its header says {length} bytes"):
+        RecipeReader("a file", read, size)
 
 
 def test_a_field_that_swells_is_not_unpacked_beyond_its_size():
@@ -226,8 +330,47 @@ def test_a_field_that_swells_is_not_unpacked_beyond_its_size():
         _unpack("grid", b"", replace(LAYOUT, mask_size=256), counts | {"LOGITS": 1 << 16})
 
 
-def changed(**fields) -> Group:
-    return replace(group(), **fields)
+def pack(name: str, array) -> bytes:
+    return _compress(_planes(name, array))
+
+
+def forged(fields=None, raw=None) -> bytes:
+    """A file of one group with right checksums: other values, or fields of other bytes."""
+    arrays = {**vars(group()), **(fields or {})}
+    packed = {name: pack(name, arrays[name]) for name in FIELDS} | (raw or {})
+    block = b"".join(packed.values())
+    entry = {"originals": 6, "mixes": 5, "kinds": [3, 1, 1], "bytes": [*map(len, packed.values())]}
+    entry["sha256"] = hashlib.sha256(block).hexdigest()
+    header = json.dumps({"layout": asdict(LAYOUT), "groups": [entry]}).encode()
+    start = PREFIX.pack(b"supermix", 1, len(header)) + header
+    return start + hashlib.sha256(start).digest() + block
+
+
+def test_what_is_forged_is_read_where_nothing_is_wrong():
+    (found,) = read_all(forged())
+    assert same(found, group())
+
+
+SIX = pack("flip", np.zeros(6, "u1"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        SIX[:-1],  # without its end marker
+        SIX + b"\0",
+        SIX + SIX,
+        pack("flip", np.zeros(5, "u1")),
+        pack("flip", np.zeros(7, "u1")),
+        zlib.compress(bytes(6)),
+        lzma.compress(bytes(6)),  # with its container
+        bytes([255] * 9),
+    ],
+)
+def test_a_field_that_is_not_of_its_size_is_an_error(content):
+    with pytest.raises(ValueError, match="group 0 of a file"):
+        read_all(forged(raw={"flip": content}))
 
 
 def put(name, place, value):
@@ -242,34 +385,68 @@ def put(name, place, value):
         (put("outcome", 0, 4), "an outcome is unknown"),
         (put("flip", 0, 2), "flip is not 0 or 1"),
         (put("kind", 0, 3), "does not fit|instead of"),
+        (put("kind", 0, 1), "does not fit|instead of"),
         (put("crop", (0, 2), 0), "a crop has no pixels"),
+        (put("crop", (5, 3), 0), "a crop has no pixels"),
+        (put("crop", (0, 2), -4), "a crop has no pixels"),
         (put("source", (1, 1), 6), "a source is not among the originals"),
         (put("weight", (0, slice(None)), 60000), "weights are more than 1"),
+        (put("weight", (4, slice(None)), [65535, 1]), "weights are more than 1"),
         (put("index", (0, 0), 40), "index is no class"),
         (put("index", (0, slice(None)), 3), "index has a class twice"),
         (put("original_index", (0, 0), 40), "original_index is no class"),
+        (put("original_index", (5, slice(None)), [1, 2, 3, 1]), "original_index has a class twice"),
         (put("log_prob", (0, 0), 1.0), "log_prob is no logarithm"),
+        (put("log_prob", (0, 0), 0.0011), "log_prob is no logarithm"),
+        (put("log_prob", (0, 0), np.inf), "log_prob is no logarithm"),
         (put("log_prob", (0, 0), np.nan), "log_prob is no logarithm"),
+        (put("original_log_prob", (5, 3), np.nan), "original_log_prob is no logarithm"),
         (put("log_prob", (0, 0), -60000), "classes are unordered"),
+        (put("original_log_prob", (0, 3), 0), "classes are unordered"),
         (put("rest", 0, -0.5), "rest is no probability"),
+        (put("rest", 0, 1.001), "rest is no probability"),
         (put("rest", 0, np.nan), "rest is no probability"),
+        (put("original_rest", 0, np.inf), "original_rest is no probability"),
         (put("grid", (0, 0, 0, 0), 13), "a grid is beyond 12 steps"),
+        (put("grid", (2, 1, 4, 4), -13), "a grid is beyond 12 steps"),
         (put("grid", (0, slice(None), 0, 0), [12, -1]), "more than 12 steps apart"),
         (put("share", (0, slice(None)), 200), "shares are more than a picture"),
+        (put("share", (0, slice(None)), [256, 0]), "shares are more than a picture"),
         (put("box", (0, 0, 2), 21), "a box is not in the picture"),
+        (put("box", (0, 1, 3), 13), "a box is not in the picture"),
         (put("box", (0, 0, slice(None)), [5, 0, 4, 0]), "a box is not in the picture"),
-        ({"sample": group().sample.astype("<i8")}, "sample is int64"),
-        ({"flip": group().flip[:5]}, "flip is uint8"),
+        (put("box", (0, 1, slice(None)), [0, 5, 0, 4]), "a box is not in the picture"),
+        ({"sample": group().sample.astype("<i8")}, "sample is int64|sample does not have"),
+        ({"flip": group().flip[:5]}, "flip is uint8|flip does not have"),
+        ({"digest": group().digest[:7]}, "digest is uint8|digest does not have"),
     ],
 )
-def test_values_out_of_range_are_neither_written_nor_read(fields, message, monkeypatch):
+def test_values_out_of_range_are_neither_written_nor_read(fields, message):
     with pytest.raises(ValueError, match=message):
-        encode(LAYOUT, [changed(**fields)])
-    monkeypatch.setattr("supermix_transforms.offline.recipes._check", lambda *_: None)
-    try:
-        content = encode(LAYOUT, [changed(**fields)])
-    except ValueError:
-        return
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="recipes: expected what `supermix generate` wrote"):
-        read_all(content)
+        encode(LAYOUT, [replace(group(), **fields)])
+    with pytest.raises(ValueError, match="recipes: expected what `supermix generate` wrote") as got:
+        read_all(forged(fields))
+    assert re.search(message, str(got.value))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        put("log_prob", (0, 0), 0.0009),
+        put("log_prob", (0, 3), -np.inf),
+        put("rest", 0, 1),
+        put("weight", (0, slice(None)), [65535, 0]),
+        put("grid", (0, slice(None), 0, 0), [12, 0]),
+        put("grid", (0, slice(None), 0, 0), [-6, 6]),
+        put("share", (0, slice(None)), [255, 0]),
+        put("box", (0, 0, slice(None)), [0, 0, 20, 12]),
+        put("box", (0, 0, slice(None)), [20, 12, 20, 12]),
+        put("crop", (0, slice(None)), [-5, -32768, 1, 32767]),
+        put("sample", 0, (1 << 32) - 1),
+        put("steps", 0, 65535),
+    ],
+)
+def test_values_at_the_end_of_their_range_are_written_and_read(fields):
+    other = replace(group(), **fields)
+    (found,) = read_all(encode(LAYOUT, [other]))
+    assert same(found, other)

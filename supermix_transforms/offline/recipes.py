@@ -9,6 +9,7 @@ import hashlib
 import json
 import lzma
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -66,7 +67,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name == "settings":
-                if not isinstance(value, str) or len(value) > 64:
+                if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
                     raise ValueError(f"settings: expected a sha256, got {str(value)[:80]!r}.")
             elif type(value) is not int or not 1 <= value <= MOST[name]:  # True is none
                 raise ValueError(f"{name}: expected 1..{MOST[name]}, got {value!r}.")
