@@ -12,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import plain_decoder
+import plain_masks
 import pytest
 import torch
+from colours import colour_teacher
 from hypothesis import given
 from hypothesis import strategies as st
+from tars import write_colours
+from test_generation import SMALL, VIEW
 
+from supermix_transforms import ShardDataset, generate
 from supermix_transforms.offline.recipes import (
     FIELDS,
     FILTERS,
@@ -118,20 +123,62 @@ def test_the_same_groups_give_the_same_bytes():
 @pytest.mark.parametrize(("k", "w"), [(2, 8), (4, 3)])
 def test_a_decoder_that_knows_the_page_alone_reads_the_same(num_classes, k, w):
     layout = Layout(k, w, num_classes, 4, 9, 7, "b" * 64)
-    content = encode(layout, [group(layout), group(layout, seed=3)])
-    found, groups = plain_decoder.decode(content)
-    assert found["k"] == k
-    for plain, ours in zip(groups, read_all(content), strict=True):
+    check_plainly_read(encode(layout, [group(layout), group(layout, seed=3)]))
+
+
+def check_plainly_read(content: bytes) -> list[Group]:
+    layout, groups = plain_decoder.decode(content)
+    assert layout == asdict(reader(content).layout)
+    ours = read_all(content)
+    for plain, each in zip(groups, ours, strict=True):
         assert list(plain) == list(FIELDS)
         for name, values in plain.items():
-            assert values == vars(ours)[name].flatten().tolist(), name
+            assert values == vars(each)[name].flatten().tolist(), name
+    return ours
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, Kind.LOGITS),
+        ({"k": 3}, Kind.LOGITS),
+        ({"mix": "mixup"}, Kind.CONSTANT),
+        ({"mix": "cutmix", "k": 3}, Kind.BOXES),
+    ],
+)
+def test_a_decoder_that_knows_the_page_alone_reads_what_generate_wrote(tmp_path, options, kind):
+    write_colours(tmp_path)
+    dataset = ShardDataset(tmp_path, transform=VIEW)
+    generate(dataset, colour_teacher(), tmp_path / "out", **SMALL, **options)
+    units = sorted((tmp_path / "out").glob("*.recipe"))
+    groups = [group for unit in units for group in check_plainly_read(unit.read_bytes())]
+    assert len(units) == 3
+    assert [len(group.kind) for group in groups] == [5, 5, 5, 5, 2]
+    assert all((group.kind == kind).all() for group in groups[:4])
+    expected = {"grid": Kind.LOGITS, "share": Kind.CONSTANT, "box": Kind.BOXES}
+    assert [name for name in expected if len(vars(groups[0])[name])] == [
+        name for name in expected if expected[name] == kind
+    ]
+
+
+def test_that_decoder_is_short_and_knows_nothing_of_the_package():
+    text = Path(plain_decoder.__file__).read_text()
+    assert len(text.splitlines()) <= 60
+    assert re.findall(r"^ *(?:import|from) (\S+)", text, re.MULTILINE) == [
+        "hashlib",
+        "json",
+        "lzma",
+        "math",
+        "struct",
+    ]
 
 
 @pytest.mark.parametrize(("k", "w", "size"), [(2, 5, (11, 8)), (3, 4, (6, 13)), (2, 1, (3, 2))])
 def test_a_decoder_that_knows_the_page_alone_renders_the_same_masks(k, w, size):
     steps = quantise(4 * torch.randn(1, k, w, w))
     planes = [plane.flatten().tolist() for plane in steps[0]]
-    assert plain_decoder.parts(planes, w, *size) == exact_parts(steps, size)[0].tolist()
+    assert plain_masks.parts(planes, w, *size) == exact_parts(steps, size)[0].tolist()
 
 
 def page_table(first: str) -> list[list[str]]:
