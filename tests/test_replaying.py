@@ -1,8 +1,8 @@
 """Mixes made again without a teacher: the same pixels, the same labels, in any batch."""
 
-import os
 import pickle
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -23,6 +23,9 @@ from supermix_transforms import (
     replay,
 )
 from supermix_transforms.offline import forms
+from supermix_transforms.offline.recipes import RecipeReader
+from supermix_transforms.offline.replaying import KEPT
+from supermix_transforms.offline.stored import part_of, parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
@@ -201,6 +204,9 @@ def test_single_mixes_are_had_too(usual):
     one = mixes[-1]
     assert one.number == len(mixes) - 1
     assert torch.equal(one.mixed, mixes.__getitems__([len(mixes) - 1])[0].mixed)
+    together = mixes.collate(mixes.__getitems__(range(5)))
+    assert torch.equal(mixes.collate([mixes[i] for i in range(5)]).sources, together.sources)
+    assert (together.sources >= 0).all()
     with pytest.raises(IndexError):
         mixes[len(mixes)]
 
@@ -312,7 +318,7 @@ def test_a_group_of_which_nothing_can_be_read_does_not_end_the_batch(usual, shar
 
     dataset = ShardDataset(shards, on_error="skip")
     mixes = replay(usual.folder, dataset)
-    group = mixes[0].group
+    group = mixes._group(0)
     gone = {dataset.name(int(sample)).rpartition("/")[2] for sample in group.sample}
     read_picture = module.read_picture
 
@@ -363,9 +369,47 @@ def test_the_teacher_is_not_asked(usual, monkeypatch):
     assert len(usual.replay().__getitems__(range(5))) == 5
 
 
-def test_memory_does_not_grow_with_what_was_read(usual):
-    mixes = usual.replay()
-    for number in range(len(mixes)):
-        mixes[number]
-    assert len(mixes._kept) <= 4
-    assert os.path.exists(usual.folder)
+@pytest.mark.parametrize("output", ["batch", "tuple"])
+def test_a_shuffled_batch_holds_four_groups_at_most(usual, monkeypatch, output):
+    groups, most = [], []
+    read = RecipeReader.group
+
+    def count():
+        for held in zip(*groups, strict=True):  # the groups, and an array of each
+            most.append(sum(each() is not None for each in held))
+
+    def watch(reader, number):
+        group = read(reader, number)
+        groups.append((weakref.ref(group), weakref.ref(group.grid)))
+        count()
+        return group
+
+    def collate(batch):
+        count()
+        return mixes.collate(batch)
+
+    monkeypatch.setattr(RecipeReader, "group", watch)
+    mixes = usual.replay(output=output)
+    every = len(mixes)
+    batches = list(DataLoader(mixes, every, shuffle=True, collate_fn=collate))
+    count()
+    assert len(batches) == 1
+    assert len(groups) == len(mixes.lengths) == 10
+    assert max(most) == KEPT == 4
+
+
+def test_a_part_of_a_group_has_the_records_of_its_mixes(made):
+    mixes = made.replay()
+    number = int(np.argmax(mixes.lengths))
+    group, rows = mixes._group(number), [3, 0, 4]
+    part = part_of(group, rows)
+    for row, place in enumerate(rows):
+        for name in ("weight", "outcome", "steps", "index", "log_prob", "rest", "kind"):
+            assert np.array_equal(vars(part)[name][row], vars(group)[name][place])
+        for name in ("sample", "crop", "flip", "original_index", "original_log_prob"):
+            ours, theirs = vars(part)[name][part.source[row]], vars(group)[name]
+            assert np.array_equal(ours, theirs[group.source[place]])
+    masks = [parts_of(each, which, (16, 16)) for each, which in ((part, range(3)), (group, rows))]
+    assert np.array_equal(*masks)
+    assert len(part.sample) == len(set(group.source[rows].flatten().tolist()))
+    assert not any(np.shares_memory(vars(part)[name], vars(group)[name]) for name in vars(group))

@@ -5,7 +5,8 @@
     loader = DataLoader(recipes, 256, sampler=sampler, num_workers=8, collate_fn=recipes.collate)
 
 Neighbours share pictures, so a batch of neighbours decodes hardly more pictures than it has mixes.
-A sampler with ``window=0`` shuffles groups and keeps neighbours together.
+A sampler with ``window=0`` shuffles groups and keeps neighbours together. In any order, a process
+has the records of at most `KEPT` groups in memory, and those of a batch's own mixes.
 """
 
 from collections import OrderedDict, defaultdict
@@ -24,7 +25,7 @@ from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.data.views import Crop, View
 from supermix_transforms.offline.ledger import Ledger, fingerprint, versions
 from supermix_transforms.offline.recipes import Array, Group, Kind, RecipeReader, picture_digest
-from supermix_transforms.offline.stored import labels_of, parts_of, weights_of
+from supermix_transforms.offline.stored import labels_of, part_of, parts_of, weights_of
 from supermix_transforms.quantised import LEVELS, STEP, blend_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
@@ -41,8 +42,8 @@ class ReplayedMix(NamedTuple):
     image: Tensor  # (3, H, W) uint8, the first of its sources
     label: Any  # of `image`, the data set's; None for output="tuple" and "dict"
     number: int  # of the mix
-    group: Group
-    row: int  # in the group
+    group: Group  # as much of it as the batch needs
+    row: int  # there
 
 
 class Replay(Dataset[ReplayedMix]):
@@ -146,34 +147,37 @@ class Replay(Dataset[ReplayedMix]):
         except ValueError as error:
             self._leave_out(error, len(rows))
             return
-        used = sorted({int(place) for row in rows for place in group.source[row]})
+        part = part_of(group, rows)
         pictures: dict[int, Array] = {}
         labels: dict[int, Any] = {}
-        sample_at = {int(group.sample[place]): place for place in used}
+        place_of = {int(sample): place for place, sample in enumerate(part.sample)}
         labelled = self._output in ("batch", "concat")
-        for sample, picture, label in self._dataset.readable(list(sample_at), labelled=labelled):
-            place = sample_at[sample]
-            top, left, height, width = group.crop[place].tolist()
-            crop = Crop(top, left, height, width, int(group.flip[place]))
+        for sample, picture, label in self._dataset.readable(list(place_of), labelled=labelled):
+            place = place_of[sample]
+            top, left, height, width = part.crop[place].tolist()
+            crop = Crop(top, left, height, width, int(part.flip[place]))
             pictures[place] = self._view.cut(self._view.prepare(picture), crop)
             labels[place] = label
-        for row, parts in zip(rows, parts_of(group, rows, self._view.size), strict=True):
-            sources = group.source[row].tolist()
+        masks = parts_of(part, range(len(rows)), self._view.size)
+        for row, (in_group, parts) in enumerate(zip(rows, masks, strict=True)):
+            sources = part.source[row].tolist()
             if not all(place in pictures for place in sources):
                 self._leave_out(ValueError("a picture that it is made of cannot be read"), 1)
                 continue
             mixed = blend_parts([pictures[place] for place in sources], parts)
-            if row == 0:
-                self._compare(group, mixed, number)
+            if in_group == 0:
+                self._compare(part, mixed, number)
             own = sources[0]
-            place = int(self._starts[number]) + row
+            place = int(self._starts[number]) + in_group
             image = torch.from_numpy(pictures[own])
-            yield ReplayedMix(torch.from_numpy(mixed), image, labels[own], place, group, row)
+            yield ReplayedMix(torch.from_numpy(mixed), image, labels[own], place, part, row)
 
     def _group(self, number: int) -> Group:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
+        if len(self._kept) == KEPT:
+            self._kept.popitem(last=False)
         unit, place = self._places[number]
         group = open_unit(self._paths[unit]).group(place)
         if len(group.sample) and int(group.sample.max()) >= len(self._dataset):
@@ -182,8 +186,6 @@ class Replay(Dataset[ReplayedMix]):
                 f"{int(group.sample.max())} in {str(self._paths[unit])!r}. Generate it anew."
             )
         self._kept[number] = group
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
         return group
 
     def _compare(self, group: Group, mixed: Array, number: int) -> None:
@@ -284,6 +286,7 @@ class Replay(Dataset[ReplayedMix]):
             torch.from_numpy(column.astype(np.int64))
             for column in _columns(mixes, ("kind", "outcome", "steps"), [mix.row for mix in mixes])
         )
+        groups = np.searchsorted(self._starts, [mix.number for mix in mixes], side="right")
         nothing = torch.full((len(mixes),), torch.nan)
         logits, fixed = None, None
         if self._output == "batch" and bool((kinds == Kind.LOGITS).all()):
@@ -293,7 +296,7 @@ class Replay(Dataset[ReplayedMix]):
             fixed = torch.from_numpy(np.concatenate(parts)) / LEVELS
         result = Mixed(
             images=mixed,
-            sources=_rows_of(mixes),
+            sources=_rows_of(mixes, groups),
             weights=torch.stack([weights_of(m.group, m.row) for m in mixes]),
             outcome=outcome,
             steps=steps,
@@ -373,11 +376,12 @@ def _samples(mix: ReplayedMix) -> Tensor:
     return torch.from_numpy(mix.group.sample[mix.group.source[mix.row]].astype(np.int64))
 
 
-def _rows_of(mixes: Sequence[ReplayedMix]) -> Tensor:
+def _rows_of(mixes: Sequence[ReplayedMix], groups: Array) -> Tensor:
     """Rows (M, k) of the batch whose own originals each mix is made of; -1 where none is."""
-    places = [[(id(m.group), int(place)) for place in m.group.source[m.row]] for m in mixes]
-    row = {sources[0]: number for number, sources in enumerate(places)}
-    return torch.tensor([[row.get(place, -1) for place in sources] for sources in places])
+    samples = [mix.group.sample[mix.group.source[mix.row]].tolist() for mix in mixes]
+    pictures = [[(group, one) for one in each] for group, each in zip(groups, samples, strict=True)]
+    row = {sources[0]: number for number, sources in enumerate(pictures)}
+    return torch.tensor([[row.get(picture, -1) for picture in sources] for sources in pictures])
 
 
 def _mask_logits(mix: ReplayedMix) -> Tensor:

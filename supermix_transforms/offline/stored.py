@@ -1,6 +1,7 @@
 """Mixes as records of a recipe, and the masks that a record gives back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,11 +9,18 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.masks import steps_of
-from supermix_transforms.offline.recipes import Array, Group, Kind, Layout, picture_digest
+from supermix_transforms.offline.recipes import (
+    FIELDS,
+    Array,
+    Group,
+    Kind,
+    Layout,
+    picture_digest,
+)
 from supermix_transforms.quantised import LEVELS, exact_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
-__all__ = ["labels_of", "parts_of", "to_group", "weights_of"]
+__all__ = ["labels_of", "part_of", "parts_of", "to_group", "weights_of"]
 
 MOST_STEPS = (1 << 16) - 1
 WHOLE = (1 << 16) - 1  # a weight of 1
@@ -133,6 +141,25 @@ def _box(mask: Array) -> Array:
 
 
 # -- and back --------------------------------------------------------------------------------------
+
+
+def part_of(group: Group, rows: Sequence[int]) -> Group:
+    """A copy of these mixes' records and the originals they use: the group need not be kept."""
+    rows = list(rows)
+    used, places = np.unique(group.source[rows], return_inverse=True)
+    fields = {}
+    for name, (_, shape) in FIELDS.items():
+        which: Any = rows
+        if shape[0] == "G":
+            which = used
+        elif shape[0] == "D":
+            which = slice(None)
+        elif shape[0] != "M":
+            of_kind: Array = group.kind == Kind[str(shape[0])]
+            which = (of_kind.cumsum() - 1)[rows][of_kind[rows]]
+        fields[name] = vars(group)[name][which].copy()
+    fields["source"] = places.reshape(len(rows), -1).astype("<u2")
+    return Group(**fields)
 
 
 def parts_of(group: Group, rows: Sequence[int], size: tuple[int, int]) -> Array:
