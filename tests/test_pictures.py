@@ -8,9 +8,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from supermix_transforms.data.pictures import PictureFiles
+from supermix_transforms.data.pictures import PictureFiles, read_picture
 
 
 def save(path, colour=(200, 30, 30), size=(24, 24), **options):
@@ -92,6 +94,92 @@ def test_a_picture_that_can_not_be_read_is_named(tmp_path, content):
         list(PictureFiles(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "EPS"])
+def test_what_is_no_jpeg_png_or_webp_is_an_error_whatever_its_name(tmp_path, kind):
+    save(tmp_path / "a.jpg", format=kind)
+    with pytest.raises(
+        ValueError, match=r"'a.jpg', .* cannot read: it is none of JPEG, PNG, WEBP. "
+    ):
+        list(PictureFiles(tmp_path))
+
+
+def test_a_jpeg_of_a_phone_is_read(tmp_path):
+    Image.new("RGB", (24, 24)).save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (12, 12))]
+    )
+    assert [picture.shape for _, picture in PictureFiles(tmp_path, size=24)] == [(3, 24, 24)]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_huge_picture_is_an_error_before_it_is_decoded(monkeypatch, kind):
+    content = encoded(size=(24, 20), kind=kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 480)
+    assert read_picture("a", content).size == (24, 20)
+    for most, message in (
+        (479, "24 x 20 pixels are more than PIL.Image.MAX_IMAGE_PIXELS"),
+        (99, ""),
+    ):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with monkeypatch.context() as within:
+            within.setattr("PIL.Image.Image.load", lambda self: pytest.fail("it is decoded"))
+            with pytest.raises(ValueError, match=f"'a', which Pillow cannot read: {message}"):
+                read_picture("a", content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # whoever asks for it
+    assert read_picture("a", content).size == (24, 20)
+
+
+def pictures_with_exif() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.5  # turned; the others are written
+    exif.get_ifd(0x8769)[0x9000] = b"0230"
+    image = Image.effect_noise((12, 9), 60).convert("RGB")
+    found = []
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for options in ({}, {"exif": exif}):
+            content = io.BytesIO()
+            image.save(content, kind, **options)
+            found.append(content.getvalue())
+    return found
+
+
+def is_read(content: bytes) -> bool:
+    """Whether it is an RGB picture; else the error is ours."""
+    try:
+        image = read_picture("a", content)
+    except ValueError as error:
+        if not str(error).startswith("images: expected a picture, got 'a', which Pillow cannot"):
+            raise
+        return False
+    assert image.mode == "RGB"
+    return True
+
+
+damaged = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning"
+)
+
+
+@damaged
+@pytest.mark.parametrize("content", pictures_with_exif()[1::2], ids=["JPEG", "PNG", "WEBP"])
+def test_a_picture_with_one_byte_changed_is_an_error_or_a_picture(content):
+    read = [is_read(content[:n] + b"\1" + content[n + 1 :]) for n in range(len(content))]
+    assert {*read} == {True, False}
+
+
+@damaged
+@given(
+    content=st.sampled_from(pictures_with_exif()),
+    changes=st.lists(st.tuples(st.integers(0, 1 << 11), st.integers(0, 255)), max_size=4),
+    cut=st.none() | st.integers(0, 1 << 10),
+)
+def test_a_picture_with_any_bytes_changed_or_cut_is_an_error_or_a_picture(content, changes, cut):
+    changed = bytearray(content)
+    for place, byte in changes:
+        changed[place % len(changed)] = byte
+    is_read(bytes(changed[:cut]))
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     (tmp_path / "note.txt").touch()
     with pytest.raises(ValueError, match=r"images: expected pictures \(.jpg, .jpeg, .png, .webp\)"):
@@ -124,9 +212,9 @@ def write_tar(path, members: dict[str, bytes]):
     return path
 
 
-def encoded(colour=(200, 30, 30), size=(24, 24)) -> bytes:
+def encoded(colour=(200, 30, 30), size=(24, 24), kind="PNG") -> bytes:
     content = io.BytesIO()
-    Image.new("RGB", size, colour).save(content, "PNG")
+    Image.new("RGB", size, colour).save(content, kind)
     return content.getvalue()
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "PictureFiles", "png", "read_picture", "to_tensor"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")  # nobody asked for Pillow's other decoders, such as Ghostscript
 ORDER_PURPOSE = 4  # of a stream of random numbers, beside those of mixing
 
 
@@ -102,22 +103,33 @@ def _is_picture(name: str) -> bool:
 
 
 def read_picture(name: str, content: bytes) -> "Image":
-    """Decode a file's content with Pillow, as RGB and upright.
+    """Decode a JPEG, PNG or WebP, whatever its name, with Pillow, as RGB and upright.
 
     Raises:
-        ValueError: if Pillow cannot; it names the picture and says what Pillow said.
+        ValueError: if Pillow cannot, or it has more than `PIL.Image.MAX_IMAGE_PIXELS`; it names the
+            picture and says what Pillow said.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if most is not None and pixels > most:  # for less than twice as many Pillow only warns
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels are more than "
+                f"PIL.Image.MAX_IMAGE_PIXELS, {most}"
+            )
+        image = ImageOps.exif_transpose(image)
         if "transparency" in image.info:  # else Pillow warns
             image = image.convert("RGBA")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of damaged bytes: struct.error, TypeError, SyntaxError, ...
+        reason = str(error).rstrip(".") or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is none of {', '.join(FORMATS)}"
         raise ValueError(
-            f"images: expected a picture, got {name!r}, which Pillow cannot read: {error}. "
-            "Remove or replace that file."
+            f"images: expected a picture, got {name!r}, which Pillow cannot read: "
+            f"{reason}. Remove or replace that file."
         ) from error
 
 
