@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections import Counter
 
 import pytest
@@ -76,7 +77,7 @@ def test_labels_are_found(tmp_path, suffix, content, labels, expected):
     assert ShardDataset(tmp_path, labels=labels)[0][1] == expected
 
 
-@pytest.mark.parametrize("content", [b"dog", b"", b"\xff", b"1.5", b"1e3", b"true"])
+@pytest.mark.parametrize("content", [b"dog", b"", b"\xff", b"1.5", b"1e3", b"true", b"9" * 19])
 @pytest.mark.parametrize("suffix", ["cls", "txt", "json"])
 def test_a_label_that_is_no_index_is_an_error(tmp_path, suffix, content):
     write_tar(tmp_path / "a.tar", [("a.png", picture(1)), (f"a.{suffix}", content)])
@@ -98,6 +99,24 @@ def test_samples_without_picture_or_label_are_errors_or_counted(tmp_path):
     assert dataset.skipped == 3
 
 
+def test_members_that_are_too_large_are_errors_or_counted(tmp_path, monkeypatch):
+    large = [("x.png", picture(1)), ("x.cls", b" " * 200 + b"1")]
+    large += [("y.png", picture(1) + bytes(200)), ("y.cls", b"1")]
+    members = [*samples(0, 2), *large, ("0002.png", picture(2)), ("0002.cls", b"2")]
+    write_tar(tmp_path / "a.tar", [*members, ("0002.mp4", bytes(900))])  # which nobody reads
+    monkeypatch.setattr("supermix_transforms.data.shards.MOST_MEMBER_BYTES", 200)
+    with pytest.raises(
+        ValueError, match=r"got 2 without: 'x' in a.tar has a member of more than 2"
+    ):
+        ShardDataset(tmp_path)
+    with pytest.warns(UserWarning, match="2 samples skipped: 'x' .* 'y' in a.tar has a member of"):
+        dataset = ShardDataset(tmp_path, on_error="skip")
+    assert [label for _, label in dataset] == [0, 1, 2]
+    assert dataset.skipped == 2
+    with pytest.raises(ValueError, match=r"got 3 without: .*'0002' in a.tar has a member"):
+        ShardDataset(tmp_path, labels=lambda members: len(members["mp4"]))
+
+
 @pytest.mark.filterwarnings("ignore:.*skipped")  # in workers
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_that_can_not_be_read_are_errors_or_counted(tmp_path, workers):
@@ -116,6 +135,20 @@ def test_pictures_that_can_not_be_read_are_errors_or_counted(tmp_path, workers):
             labels = [labels.tolist() for _, labels in loader]
     assert labels == [[0, 1, 2, 3, 4], [5, 6, 8, 9]]
     assert dataset.skipped == 1  # in whatever process
+
+
+def test_labels_that_can_not_be_read_are_counted(tmp_path):
+    bad = [("0002.png", picture(2)), ("0002.cls", b"two"), ("0003.png", b""), ("0003.cls", b"3")]
+    write_tar(tmp_path / "a.tar", [*samples(0, 2), *bad])
+    dataset = ShardDataset(tmp_path, transform=to_image, on_error="skip")
+    with pytest.warns(UserWarning, match="1 samples skipped") as warned:
+        (batch,) = DataLoader(dataset, 4)
+    assert batch[1].tolist() == [0, 1]
+    assert dataset.skipped == 2
+    reasons = ["expected a class index as the label of 0002 in", "'0003 in .*Pillow cannot read"]
+    assert len(warned) == 2
+    for each, reason in zip(warned, reasons, strict=True):
+        assert re.search(f"1 samples skipped: .*{reason}", str(each.message))
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")

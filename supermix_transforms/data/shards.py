@@ -12,7 +12,7 @@ its label is decoded, so no pickle in a shard is ever opened.
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -37,6 +37,7 @@ __all__ = [
 
 LABELS = ("cls", "txt", "json")
 ELSEWHERE = re.compile(r"\w\w+:")  # a scheme, and no drive of Windows
+MOST_MEMBER_BYTES = 1 << 30  # read at once
 WORKERS = 1025  # places to count in
 SHOWN = 5  # of the samples that are in order for an error, its message names so many
 
@@ -237,13 +238,21 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
     def _problems(self, index: ShardIndex) -> dict[int, str]:
         """What is wrong with the samples of a shard, as far as its index tells."""
 
-        def has(suffixes: Sequence[str]) -> Any:
-            tables = [index.places[each][:, 0] >= 0 for each in suffixes if each in index.places]
-            return np.any(tables, axis=0) if tables else np.zeros(len(index), dtype=bool)
+        def has(suffixes: Iterable[str], least: int = 0) -> Any:
+            sizes = [index.places[each][:, 1] for each in suffixes if each in index.places]
+            return np.any([size >= least for size in sizes] or [np.zeros(len(index), bool)], axis=0)
 
-        problems = {int(row): "has no picture" for row in np.flatnonzero(~has(PICTURES))}
+        def rows(found: Any, what: str) -> dict[int, str]:
+            return dict.fromkeys(np.flatnonzero(found).tolist(), what)
+
+        told = index.places.keys() if callable(self.labels) else LABELS
+        problems = rows(~has(PICTURES), "has no picture")
         if not callable(self.labels):
-            problems |= {int(row): "has no label" for row in np.flatnonzero(~has(LABELS))}
+            problems |= rows(~has(LABELS), "has no label")
+        problems |= rows(
+            has({*PICTURES, *told}, MOST_MEMBER_BYTES + 1),
+            f"has a member of more than {MOST_MEMBER_BYTES} bytes",
+        )
         return dict(sorted((problems | dict.fromkeys(index.doubles, "is there twice")).items()))
 
     def _place(self, index: int) -> tuple[Path, ShardIndex, int]:
@@ -285,8 +294,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             return list(self.labels).index(value)
         try:
             index = int(str(value))  # neither 1.5 nor True
-            if index < 0:
-                raise ValueError("below 0")
+            if not 0 <= index < 1 << 63:
+                raise ValueError("no int64, or below 0")
             return index
         except ValueError:
             raise UnreadableError(

@@ -36,7 +36,6 @@ __all__ = [
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 FORMAT, VERSION = "supermix-index", 1
-MOST_MEMBER_BYTES = 1 << 30
 MOST_CELLS = 100  # of the table, for each member; most of it would say that there is none
 
 Places = npt.NDArray[np.int64]
@@ -173,8 +172,6 @@ def read_members(
 
 def _content(file: BinaryIO, offset: int, size: int) -> bytes:
     """What follows the header before `offset`, which must be of a member of that size."""
-    if size > MOST_MEMBER_BYTES:
-        raise tarfile.TarError(f"a member of {size} bytes, more than {MOST_MEMBER_BYTES}")
     file.seek(offset - BLOCK)
     content = file.read(BLOCK + size)
     if len(content) != BLOCK + size:
