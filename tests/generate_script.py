@@ -1,6 +1,6 @@
 """A rank of a launch generates; or reads recipes under Accelerate. test_generate_ranks.py judges.
 
-torchrun --nproc-per-node N generate_script.py write SHARDS OUT WORKERS
+torchrun --nproc-per-node N generate_script.py recipes|shards SHARDS OUT WORKERS
 torchrun --nproc-per-node N generate_script.py read SHARDS RECIPES FACTS
 """
 
@@ -20,9 +20,9 @@ from supermix_transforms.offline.generation import process_state
 BATCH, EPOCHS, RESUMED_EPOCH, RESUMED_AT = 4, 2, 1, 2
 
 
-def write(shards: Path, out: Path, workers: int) -> None:
+def write(form: str, shards: Path, out: Path, workers: int) -> None:
     dataset = ShardDataset(shards, transform=VIEW)
-    options = {**SMALL, "passes": 2, "num_workers": workers}
+    options = {**SMALL, "passes": 2, "num_workers": workers, "form": form}
     summary = generate(dataset, colour_teacher(), out, **options)
     state = process_state()
     assert (summary.process, summary.processes) == (state.process_index, state.num_processes)
@@ -64,7 +64,7 @@ def read(shards: Path, recipes: Path, facts: Path) -> None:
 
 if __name__ == "__main__":
     what, shards, folder, last = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    if what == "write":
-        write(shards, folder, int(last))
-    else:
+    if what == "read":
         read(shards, folder, Path(last))
+    else:
+        write(what, shards, folder, int(last))
