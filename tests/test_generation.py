@@ -1,7 +1,11 @@
 """D' written in units: the same bytes whatever happens on the way, and clear errors."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
+import signal
 import warnings
 from dataclasses import asdict
 
@@ -161,7 +165,7 @@ def test_a_shard_that_vanishes_on_the_way_is_an_error_and_units_stay(shards, tmp
 def test_a_full_disk_is_an_error_and_nothing_half_written_stays(dataset, tmp_path, monkeypatch):
     run(dataset, tmp_path / "whole")
     out = tmp_path / "out"
-    fsync, calls = __import__("os").fsync, []
+    fsync, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
@@ -178,13 +182,97 @@ def test_a_full_disk_is_an_error_and_nothing_half_written_stays(dataset, tmp_pat
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_read_only_folder_is_an_error(dataset, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
+@contextlib.contextmanager
+def largest_file(size: int):
+    """To write beyond `size` bytes is an OSError, as on a full disk: what fits is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, action)
 
-    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(ValueError, match=r"with room to write to.*Permission denied"):
-        run(dataset, tmp_path / "out")
+
+@pytest.mark.parametrize("form", ["recipes", "shards"])
+def test_a_unit_that_does_not_fit_on_the_disk_is_an_error_and_the_others_stay(
+    dataset, tmp_path, form
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(dataset, whole, form=form)
+    shutil.copytree(whole, out)
+    second = next(out.glob("000-000001.*"))
+    size = second.stat().st_size
+    second.unlink()
+    others = contents(out)
+    with (
+        largest_file(size - 1),
+        pytest.raises(ValueError, match=r"with room to write to.*File too large.*again to go on"),
+    ):
+        run(dataset, out, form=form)
+    assert contents(out) == others  # and nothing half written
+    assert run(dataset, out, form=form).made == 10
+    assert contents(out) == contents(whole)
+    assert inspect_mixes(out, verify=True).problems == ()
+
+
+def test_a_line_of_the_manifest_that_does_not_fit_costs_its_unit_only(dataset, tmp_path):
+    many = {"passes": 4, "mix": "mixup"}
+    run(dataset, tmp_path / "whole", **many)
+    out = tmp_path / "out"
+    lines = (tmp_path / "whole" / "manifest.jsonl").read_bytes().splitlines(True)
+    size = len(b"".join(lines[:9])) + 100
+    assert size > max(map(len, contents(tmp_path / "whole").values()))
+    with (
+        largest_file(size),
+        pytest.raises(ValueError, match=r"with room to write to.*File too large"),
+    ):
+        run(dataset, out, **many)
+    assert (out / "manifest.jsonl").stat().st_size == size  # a part of the line is there
+    assert len(Ledger(out).entries()) == 9
+    assert run(dataset, out, **many).made == 10 + 10 + 2
+    assert contents(out) == contents(tmp_path / "whole")
+    assert inspect_mixes(out, verify=True).problems == ()
+
+
+def test_settings_that_do_not_fit_on_the_disk_are_an_error(dataset, tmp_path):
+    with (
+        largest_file(1000),
+        pytest.raises(ValueError, match=r"with room to write to.*File too large"),
+    ):
+        run(dataset, tmp_path)
+    assert contents(tmp_path) == {}
+    assert run(dataset, tmp_path).finished == 3
+
+
+def test_a_read_only_folder_is_an_error(dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    if os.access(out, os.W_OK):  # by root; it can not write where a file is
+        out.rmdir()
+        out.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"with room to write to.*(Permission denied|File exists)"):
+        run(dataset, out)
+    if out.is_file():
+        out.unlink()
+    else:
+        out.chmod(0o755)
+    assert run(dataset, out).finished == 3
+
+
+@pytest.mark.parametrize("name", ["000-000001.recipe", ".000-000001.recipe.0f", "manifest.jsonl"])
+def test_a_place_that_is_taken_is_an_error_and_units_stay(dataset, tmp_path, name):
+    run(dataset, tmp_path / "whole")
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (out / "000-000001.recipe").unlink()
+    (out / name).unlink(missing_ok=True)
+    (out / name).mkdir()
+    with pytest.raises(ValueError, match=r"expected a f.*(Is a directory|Operation not permitted)"):
+        run(dataset, out)
+    (out / name).rmdir()
+    assert run(dataset, out).made == (COUNT if name == "manifest.jsonl" else 10)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

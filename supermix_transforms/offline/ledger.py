@@ -108,13 +108,14 @@ class Ledger:
 
     def sweep(self, stems: set[str]) -> None:
         """Remove what killed processes had begun of these units, or files without their suffix."""
-        for path in self.folder.glob(".*.*.*"):
-            if TEMPORARY.fullmatch(path.name) and path.name.split(".")[1] in stems:
-                path.unlink(missing_ok=True)
+        with self.complaining():
+            for path in self.folder.glob(".*.*.*"):
+                if TEMPORARY.fullmatch(path.name) and path.name.split(".")[1] in stems:
+                    path.unlink(missing_ok=True)
 
     def is_alive(self, rank: int) -> bool:
         """Whether the process of that number is still inside of `writing`."""
-        with try_lock(self._rank_lock(rank)) as taken:
+        with self.complaining(), try_lock(self._rank_lock(rank)) as taken:
             return not taken
 
     def _rank_lock(self, rank: int) -> Path:
