@@ -3,19 +3,24 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import threading
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from colours import NUM_CLASSES, Stubborn, colour_teacher
+from rich.progress import Progress
 from tars import write_colours
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
+from supermix_transforms.cli import main
 from supermix_transforms.commands.generate import print_generated
 from supermix_transforms.data.tarindex import read_members
 from supermix_transforms.offline.inspection import inspect_mixes
@@ -410,6 +415,86 @@ def test_a_process_that_ended_before_its_units_is_noticed(dataset, tmp_path, mon
     assert sorted(Ledger(tmp_path).entries()) == ["000-000000", "000-000002"]
     monkeypatch.undo()
     assert run(dataset, tmp_path).made == 10
+
+
+@contextlib.contextmanager
+def terminal():
+    """Standard error is a terminal inside; what it has got is in the list afterwards."""
+    master, slave = os.openpty()
+    chunks: list[bytes] = []
+    shown: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(master, 1 << 16):
+                chunks.append(chunk)
+
+    update = Progress.update
+
+    def at_once(progress, *arguments, **options) -> None:  # and not ten times a second
+        update(progress, *arguments, **options)
+        progress.refresh()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch, os.fdopen(slave, "w") as file:
+            patch.setattr(Progress, "update", at_once)
+            patch.setattr("sys.stderr", file)
+            patch.setenv("TERM", "xterm")
+            patch.setenv("COLUMNS", "120")
+            yield shown
+    finally:
+        reader.join()
+        os.close(master)
+    shown.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(chunks).decode()))
+
+
+FRAME = re.compile(r"(\d)/3 units  (\d+) mixes, ([\d.]+) a second ([-\d]:[-\d:]{5})")
+
+
+def test_a_terminal_shows_rate_and_time_left(dataset, tmp_path):
+    with terminal() as shown:
+        run(dataset, tmp_path)
+    frames = FRAME.findall(*shown)
+    first = next(frame for frame in frames if frame[0] == "0")
+    assert first[1:] == ("0", "0.0", "-:--:--")
+    third = next(frame for frame in frames if frame[0] == "2")
+    assert third[1] == "20"
+    assert float(third[2]) > 0
+    assert re.fullmatch(r"\d:\d\d:\d\d", third[3])  # what the last unit will take
+    assert frames[-1][:2] == ("3", "22")
+
+
+def test_the_rate_that_is_shown_is_of_what_this_run_makes(dataset, tmp_path):
+    run(dataset, tmp_path)
+    (tmp_path / "000-000002.recipe").unlink()
+    with terminal() as shown:
+        run(dataset, tmp_path)
+    frames = FRAME.findall(*shown)
+    assert frames[0][:3] == ("2", "20", "0.0")
+    assert frames[-1][:2] == ("3", "22")
+    assert float(frames[-1][2]) > 0
+
+
+def test_other_processes_than_the_first_show_nothing(dataset, tmp_path, monkeypatch):
+    state = type("State", (), {"process_index": 1, "num_processes": 2})
+    monkeypatch.setattr("supermix_transforms.offline.generation.process_state", state)
+    with terminal() as shown:
+        assert run(dataset, tmp_path).made == 10
+    assert shown == [""]
+
+
+def test_without_a_terminal_nothing_is_shown_before_the_summary(shards, dataset, tmp_path, capfd):
+    run(dataset, tmp_path / "a")
+    assert capfd.readouterr() == ("", "")
+    teacher = f"{Path(__file__).with_name('colours.py')}:colour_teacher"
+    words = ["generate", "--shards", str(shards), "--teacher", teacher, "--size", "16"]
+    words += ["--out", str(tmp_path / "b"), "--batch-size", "5", "--device", "cpu"]
+    assert main([*words, "--view", "random-crop"]) == 0
+    lines, errors = capfd.readouterr()
+    assert errors == ""
+    assert lines.startswith(f"{tmp_path / 'b'}: 22 mixes (recipes) in 1 of 1 units")
 
 
 def test_the_summary_is_json(dataset, tmp_path, capsys):
