@@ -102,7 +102,7 @@ def test_samples_without_picture_or_label_are_errors_or_counted(tmp_path):
 def test_members_that_are_too_large_are_errors_or_counted(tmp_path, monkeypatch):
     large = [("x.png", picture(1)), ("x.cls", b" " * 200 + b"1")]
     large += [("y.png", picture(1) + bytes(200)), ("y.cls", b"1")]
-    members = [*samples(0, 2), *large, ("0002.png", picture(2)), ("0002.cls", b"2")]
+    members = [*samples(0, 2), *large, ("0002.png", picture(2)), ("0002.cls", b" " * 199 + b"2")]
     write_tar(tmp_path / "a.tar", [*members, ("0002.mp4", bytes(900))])  # which nobody reads
     monkeypatch.setattr("supermix_transforms.data.shards.MOST_MEMBER_BYTES", 200)
     with pytest.raises(

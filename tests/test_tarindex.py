@@ -1,5 +1,7 @@
 """The index of a tar: what webdataset sees, and no damage that it would not see."""
 
+import hashlib
+import json
 import os
 import shutil
 import tarfile
@@ -11,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import picture, samples, write_tar
 
-from supermix_transforms.data.tarindex import index_path, load_index, make_index, read_members
+from supermix_transforms.data.tarindex import (
+    index_path,
+    load_index,
+    make_index,
+    parse_index,
+    read_members,
+)
 
 
 @pytest.fixture
@@ -158,6 +166,91 @@ def test_an_index_with_any_byte_changed_or_cut_is_made_anew(shard, data):
         path.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
     assert load_index(shard).keys == ("0000", "0001", "0002", "0003")
     assert path.read_bytes() == whole
+
+
+def written(fields, version="1", digest=None) -> bytes:
+    """An index's content with a checksum that fits."""
+    body = json.dumps(fields).encode() if isinstance(fields, dict) else fields
+    return (
+        f"supermix-index {version} {digest or hashlib.sha256(body).hexdigest()}\n".encode() + body
+    )
+
+
+def sense(shard):
+    return json.loads(index_path(shard).read_bytes().partition(b"\n")[2])
+
+
+NONSENSE = {
+    "an offset below zero": lambda f: f["places"]["cls"].__setitem__(1, [-1024, 1]),
+    "an offset inside of a header": lambda f: f["places"]["cls"].__setitem__(0, [100, 1]),
+    "an offset between blocks": lambda f: f["places"]["cls"][0].__setitem__(0, 513),
+    "a size below zero": lambda f: f["places"]["cls"][1].__setitem__(1, -1),
+    "a size without an offset": lambda f: f["places"]["cls"][1].__setitem__(0, -1),
+    "a size beyond the tar": lambda f: f["places"]["png"][3].__setitem__(1, f["size"]),
+    "an end beyond 64 bits": lambda f: f["places"]["png"][3].__setitem__(1, (1 << 63) - 1),
+    "a size beyond 64 bits": lambda f: f["places"]["png"][3].__setitem__(1, 1 << 64),
+    "members on each other": lambda f: f["places"].update(png=f["places"]["cls"]),
+    "members in each other": lambda f: f["places"]["cls"][0].__setitem__(1, 1025),
+    "a size that is no integer": lambda f: f["places"]["cls"][0].__setitem__(1, 1.5),
+    "a size in words": lambda f: f["places"]["cls"][0].__setitem__(1, "1"),
+    "a column too many": lambda f: f["places"].update(
+        cls=[[*row, 0] for row in f["places"]["cls"]]
+    ),
+    "a column too few": lambda f: f["places"].update(cls=[row[:1] for row in f["places"]["cls"]]),
+    "a table in one row": lambda f: f["places"].update(cls=[8, 8, 8, 8]),
+    "a row too few": lambda f: f["places"]["cls"].pop(),
+    "a sample too many": lambda f: f["keys"].append("0004"),
+    "rows of three and one": lambda f: f["places"]["cls"].__setitem__(
+        slice(2), [[512, 1, 2560], [1]]
+    ),
+    "no table": lambda f: f["places"].update(cls=None),
+    "no tables": lambda f: f.update(places=[]),
+    "a sample of nothing": lambda f: [t.__setitem__(2, [-1, -1]) for t in f["places"].values()],
+    "a key twice": lambda f: f["keys"].__setitem__(3, "0001"),
+    "a key that is no text": lambda f: f["keys"].__setitem__(3, 3),
+    "keys in one text": lambda f: f.update(keys="0123"),
+    "a double that is none of them": lambda f: f["doubles"].append(4),
+    "a double below zero": lambda f: f["doubles"].append(-1),
+    "doubles that are no integers": lambda f: f["doubles"].append("1"),
+    "doubles in disorder": lambda f: f["doubles"].extend([2, 1]),
+    "a size in doubt": lambda f: f.update(size=str(f["size"])),
+    "a size of none": lambda f: f.update(size=1 << 64),
+    "a time in doubt": lambda f: f.update(time=None),
+    "no sha256": lambda f: f.update(sha256="0" * 63),
+    "a field too many": lambda f: f.update(more=1),
+    "a field too few": lambda f: f.pop("doubles"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_an_index_without_sense_is_not_believed_whatever_its_checksum(shard, what):
+    load_index(shard)
+    fields = sense(shard)
+    assert parse_index(written(fields)) is not None
+    NONSENSE[what](fields)
+    assert parse_index(written(fields)) is None
+
+
+def test_an_index_of_no_samples_is_believed(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", [("README", b"no suffix, no sample")])
+    load_index(shard)
+    assert parse_index(index_path(shard).read_bytes()).keys == ()
+
+
+def test_an_index_of_another_form_is_not_believed(shard):
+    load_index(shard)
+    fields = sense(shard)
+    assert parse_index(written(fields, version="2")) is None
+    assert parse_index(written(fields, digest="0" * 64)) is None
+    for body in (b"[" * 100_000, b"[]", b"1", b"", b"\xff", b"{", b"9" * 5000):
+        assert parse_index(written(body)) is None
+
+
+def test_an_index_larger_than_its_shard_could_have_is_not_read(shard):
+    load_index(shard)
+    os.truncate(index_path(shard), 1 << 42)
+    assert len(load_index(shard)) == 4
+    assert index_path(shard).stat().st_size < 10_000
 
 
 def test_a_full_disk_is_no_error(shard, monkeypatch):

@@ -10,12 +10,15 @@ has the size and the time of change that it states; else it is made anew.
 import hashlib
 import json
 import os
+import re
 import tarfile
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -189,8 +192,12 @@ def _content(file: BinaryIO, offset: int, size: int) -> bytes:
 
 def _read(shard: Path) -> ShardIndex | None:
     """The index beside a shard, or None if there is none that can be believed."""
+    path = index_path(shard)
     try:
-        index, status = parse_index(index_path(shard).read_bytes()), shard.stat()
+        status = shard.stat()
+        if path.stat().st_size > 4 * status.st_size + (1 << 24):  # than any of such a shard
+            return None
+        index = parse_index(path.read_bytes())
     except OSError:
         return None
     if index is None or (index.size, index.time) != (status.st_size, status.st_mtime_ns):
@@ -199,20 +206,53 @@ def _read(shard: Path) -> ShardIndex | None:
 
 
 def parse_index(content: bytes) -> ShardIndex | None:
-    """An index from a file's content; None if that is not as it was written."""
+    """An index from a file's content; None if that is not as it was written, or makes no sense."""
     try:
         first, body = content.split(b"\n", 1)
-        if first.decode() != _first_line(body):
-            return None
-        fields = json.loads(body)
-        keys, doubles = tuple(fields["keys"]), tuple(fields["doubles"])
-        places = {
-            suffix: np.array(table, dtype=np.int64).reshape(len(keys), 2)
-            for suffix, table in fields["places"].items()
-        }
-        return ShardIndex(fields["size"], fields["time"], fields["sha256"], keys, doubles, places)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _sensible(**json.loads(body)) if first.decode() == _first_line(body) else None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _sensible(
+    size: Any, time: Any, sha256: Any, keys: Any, doubles: Any, places: Any
+) -> ShardIndex | None:
+    """The index that these make; None where no tar has such a one."""
+    first = {key: row for row, key in reversed([*enumerate(keys)])}
+    again = {row for row, key in enumerate(keys) if first[key] < row}
+    tables = {suffix: _integers(rows) for suffix, rows in places.items()}
+    if not (
+        isinstance(keys, list)
+        and all(type(key) is str for key in keys)
+        and all(type(each) is int for each in (size, time, *doubles))
+        and doubles == sorted({*doubles})
+        and again <= {*doubles} <= {*range(len(keys))}
+        and re.fullmatch("[0-9a-f]{64}", sha256)
+        and all(len(table) == len(keys) for table in tables.values())
+        and (not keys or np.any([t[:, 0] >= 0 for t in tables.values()], axis=0).all())
+        and _lie_apart(np.concatenate([np.empty((0, 2), np.int64), *tables.values()]), size)
+    ):
+        return None
+    return ShardIndex(size, time, sha256, tuple(keys), tuple(doubles), tables)
+
+
+def _lie_apart(places: Places, size: int) -> bool:
+    """Whether members (n, 2) follow headers of their own in a tar of that size."""
+    offsets, sizes = places[(places != -1).any(axis=1)].T
+    order = offsets.argsort()
+    offsets, sizes = offsets[order], sizes[order]
+    ends = np.append(offsets[1:] - BLOCK, np.int64(size))[: len(offsets)]
+    return bool(
+        ((offsets >= BLOCK) & (offsets % BLOCK == 0) & (sizes >= 0)).all()
+        and (sizes <= ends - offsets).all()  # a sum might not fit 64 bits
+    )
+
+
+def _integers(rows: Any) -> Places:
+    """Rows of two integers, (n, 2); a TypeError or ValueError for anything else."""
+    if {*map(len, rows)} - {2}:
+        raise ValueError("expected offset and bytes")
+    return np.array(array("q", chain.from_iterable(rows)), np.int64).reshape(-1, 2)
 
 
 def write_index(shard: Path, index: ShardIndex) -> None:
