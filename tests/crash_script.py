@@ -15,10 +15,11 @@ from test_generation import SMALL, VIEW
 
 from supermix_transforms import ShardDataset, generate
 
-STEPS = {"fsync": 7, "replace": 4}  # settings, and for each of three units its file and its entry
+# settings, for each of three units its file and its entry, and of shards their list
+STEPS = {"recipes": {"fsync": 7, "replace": 4}, "shards": {"fsync": 8, "replace": 5}}
 
 
-def work(folder: Path, out: Path, call: str, deadly: int) -> None:
+def work(form: str, folder: Path, out: Path, call: str, deadly: int) -> None:
     original, calls = getattr(os, call), []
 
     def counting(*arguments):
@@ -28,7 +29,8 @@ def work(folder: Path, out: Path, call: str, deadly: int) -> None:
         return original(*arguments)
 
     setattr(os, call, counting)
-    generate(ShardDataset(folder, transform=VIEW), colour_teacher(), out, **SMALL)
+    dataset = ShardDataset(folder, transform=VIEW)
+    generate(dataset, colour_teacher(), out, **SMALL, form=form)
 
 
 def run(*arguments) -> int:
@@ -42,15 +44,15 @@ def run(*arguments) -> int:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    form, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    run(folder, folder / "whole", "fsync", 0)
+    run(form, folder, folder / "whole", "fsync", 0)
     codes = {}
-    for call, steps in STEPS.items():
+    for call, steps in STEPS[form].items():
         for number in range(1, steps + 1):
             out = folder / f"{call}-{number}"
-            codes[out.name] = run(folder, out, call, number)
-            run(folder, out, call, 0)
+            codes[out.name] = run(form, folder, out, call, number)
+            run(form, folder, out, call, 0)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

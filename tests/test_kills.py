@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from crash_script import STEPS
 from tars import write_colours
 from test_generation import contents
 
@@ -50,20 +51,22 @@ def test_fifty_kills_on_cifar_change_no_byte_and_cost_a_unit_each(data, tmp_path
     assert begun <= verified.units + 2 * KILLS
 
 
-def test_a_kill_at_any_step_of_writing_leaves_a_folder_to_go_on_with(tmp_path):
+@pytest.mark.parametrize("form", ["recipes", pytest.param("shards", marks=pytest.mark.slow)])
+def test_a_kill_at_any_step_of_writing_leaves_a_folder_to_go_on_with(tmp_path, form):
     """Killed before the n-th sync or rename: of the settings, a unit, its entry, ..."""
     write_colours(tmp_path)
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
-        [sys.executable, str(TESTS / "crash_script.py"), str(tmp_path)],
+        [sys.executable, str(TESTS / "crash_script.py"), form, str(tmp_path)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         timeout=120,
     )
     codes = json.loads((tmp_path / "codes.json").read_text())
     assert codes == {
-        **{f"fsync-{number}": signal.SIGKILL for number in range(1, 8)},
-        **{f"replace-{number}": signal.SIGKILL for number in range(1, 5)},
+        f"{call}-{number}": signal.SIGKILL
+        for call, steps in STEPS[form].items()
+        for number in range(1, steps + 1)
     }
     for name in codes:
         assert contents(tmp_path / name) == contents(tmp_path / "whole")

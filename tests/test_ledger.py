@@ -6,6 +6,7 @@ import pytest
 
 from supermix_transforms.offline.ledger import Ledger, UnitEntry, fingerprint
 
+LONG = "000-" + 300 * "0"  # more than a file's name can have
 SETTINGS = {"k": 2, "shards": [{"name": "a.tar"}]}
 
 
@@ -86,6 +87,7 @@ def test_a_line_that_is_none_is_an_error(ledger, line):
         ({"file": "000-000001.recipe"}, "is no name of a unit's file"),
         ({"file": "000-000000.exe"}, "is no name of a unit's file"),
         ({"unit": "a", "file": "a.recipe"}, "is no name of a unit's file"),
+        ({"unit": LONG, "file": f"{LONG}.recipe"}, "is no name of a unit's file"),
         ({"unit": ["000-000000"]}, "names that are no texts"),
         ({"file": 5}, "names that are no texts"),
         ({"settings": None}, "names that are no texts"),

@@ -22,7 +22,7 @@ __all__ = ["Ledger", "UnitEntry", "fingerprint", "versions"]
 
 FORMAT, VERSION = "supermix-mixes", 1
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
-UNIT_FILE = re.compile(r"([0-9]{3}-[0-9]{6,})\.(recipe|tar)")
+UNIT_FILE = re.compile(r"([0-9]{3}-[0-9]{6,12})\.(recipe|tar)")
 LOCK = re.compile(r"\.manifest\.([0-9]+\.)?lock")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
