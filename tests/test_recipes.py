@@ -1,35 +1,24 @@
 """The codec of recipes, read by a second decoder too, and given what is no recipe."""
 
 import hashlib
-import itertools
 import json
 import lzma
 import re
 import tracemalloc
 import zlib
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
-import plain_decoder
-import plain_masks
 import pytest
 import torch
-from colours import colour_teacher
 from hypothesis import given
 from hypothesis import strategies as st
-from tars import write_colours
-from test_generation import SMALL, VIEW
 
-from supermix_transforms import ShardDataset, generate
 from supermix_transforms.offline.recipes import (
     FIELDS,
     FILTERS,
-    MOST,
     PREFIX,
-    VERSION,
     Group,
-    Kind,
     Layout,
     RecipeReader,
     _compress,
@@ -38,10 +27,8 @@ from supermix_transforms.offline.recipes import (
     encode,
     picture_digest,
 )
-from supermix_transforms.quantised import exact_parts, quantise
-from supermix_transforms.results import Outcome
+from supermix_transforms.quantised import quantise
 
-PAGE = Path(__file__).parents[1] / "docs" / "format.md"
 LAYOUT = Layout(3, 5, 40, 4, 20, 12, "a" * 64)
 
 
@@ -117,118 +104,6 @@ def test_what_was_written_is_read():
 
 def test_the_same_groups_give_the_same_bytes():
     assert encode(LAYOUT, [group(), group(seed=1)]) == CONTENT
-
-
-@pytest.mark.parametrize("num_classes", [40, 70_000])
-@pytest.mark.parametrize(("k", "w"), [(2, 8), (4, 3)])
-def test_a_decoder_that_knows_the_page_alone_reads_the_same(num_classes, k, w):
-    layout = Layout(k, w, num_classes, 4, 9, 7, "b" * 64)
-    check_plainly_read(encode(layout, [group(layout), group(layout, seed=3)]))
-
-
-def check_plainly_read(content: bytes) -> list[Group]:
-    layout, groups = plain_decoder.decode(content)
-    assert layout == asdict(reader(content).layout)
-    ours = read_all(content)
-    for plain, each in zip(groups, ours, strict=True):
-        assert list(plain) == list(FIELDS)
-        for name, values in plain.items():
-            assert values == vars(each)[name].flatten().tolist(), name
-    return ours
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("options", "kind"),
-    [
-        ({}, Kind.LOGITS),
-        ({"k": 3}, Kind.LOGITS),
-        ({"mix": "mixup"}, Kind.CONSTANT),
-        ({"mix": "cutmix", "k": 3}, Kind.BOXES),
-    ],
-)
-def test_a_decoder_that_knows_the_page_alone_reads_what_generate_wrote(tmp_path, options, kind):
-    write_colours(tmp_path)
-    dataset = ShardDataset(tmp_path, transform=VIEW)
-    generate(dataset, colour_teacher(), tmp_path / "out", **SMALL, **options)
-    units = sorted((tmp_path / "out").glob("*.recipe"))
-    groups = [group for unit in units for group in check_plainly_read(unit.read_bytes())]
-    assert len(units) == 3
-    assert [len(group.kind) for group in groups] == [5, 5, 5, 5, 2]
-    assert all((group.kind == kind).all() for group in groups[:4])
-    expected = {"grid": Kind.LOGITS, "share": Kind.CONSTANT, "box": Kind.BOXES}
-    assert [name for name in expected if len(vars(groups[0])[name])] == [
-        name for name in expected if expected[name] == kind
-    ]
-
-
-def test_that_decoder_is_short_and_knows_nothing_of_the_package():
-    text = Path(plain_decoder.__file__).read_text()
-    assert len(text.splitlines()) <= 60
-    assert re.findall(r"^ *(?:import|from) (\S+)", text, re.MULTILINE) == [
-        "hashlib",
-        "json",
-        "lzma",
-        "math",
-        "struct",
-    ]
-
-
-@pytest.mark.parametrize(("k", "w", "size"), [(2, 5, (11, 8)), (3, 4, (6, 13)), (2, 1, (3, 2))])
-def test_a_decoder_that_knows_the_page_alone_renders_the_same_masks(k, w, size):
-    steps = quantise(4 * torch.randn(1, k, w, w))
-    planes = [plane.flatten().tolist() for plane in steps[0]]
-    assert plain_masks.parts(planes, w, *size) == exact_parts(steps, size)[0].tolist()
-
-
-def page_table(first: str) -> list[list[str]]:
-    """Rows of the table of docs/format.md whose head begins with that word, without marks."""
-    lines = iter(PAGE.read_text().splitlines())
-    next(line for line in lines if line.startswith(f"| {first} |"))
-    next(lines)
-    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
-    return [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in rows]
-
-
-def test_the_page_has_the_fields_that_are_written():
-    types = {"<u2": "uint16", "<u4": "uint32", "<i2": "int16", "<f2": "float16"}
-    types |= {"u1": "uint8", "i1": "int8", "class": "class"}
-    short = {"LOGITS": "L", "CONSTANT": "C", "BOXES": "B", "k - 1": "k − 1"}
-    written = [
-        [name, types[dtype], ", ".join(str(short.get(size, size)) for size in shape)]
-        for name, (dtype, shape) in FIELDS.items()
-    ]
-    assert [row[:3] for row in page_table("field")] == written
-
-
-def test_the_page_has_the_limits_that_are_checked():
-    rows = [
-        (
-            name.strip(" `")
-            .removeprefix("bytes of the ")
-            .removeprefix("bytes of a ")
-            .split(",")[0],
-            int(low),
-            int(high.split(", and")[0].replace(",", "")),
-        )
-        for names, low, high in page_table("number")
-        for name in (names.split("`, `") if "`" in names else [names])
-    ]
-    assert {name: high for name, _, high in rows} == {"version": VERSION, **MOST}
-    with pytest.raises(ValueError, match="expected 1"):
-        Layout(**{**asdict(LAYOUT), "top": 0})
-    empty = {"version", *asdict(LAYOUT)}
-    assert all(low == (name in empty) for name, low, _ in rows)
-
-
-def test_the_page_has_the_outcomes_and_kinds():
-    meaning = {row[0]: row[3] for row in page_table("field")}
-    outcomes = ["converged", "steps used up", "teacher not finite", "not mixed"]
-    names = [Outcome.CONVERGED, Outcome.MAX_STEPS, Outcome.NOT_FINITE, Outcome.UNMIXED]
-    assert list(Outcome) == names
-    assert meaning["outcome"] == ", ".join(f"{n} {text}" for n, text in enumerate(outcomes))
-    assert list(Kind) == [Kind.LOGITS, Kind.CONSTANT, Kind.BOXES]
-    assert meaning["kind"] == "of the masks: 0 logits, 1 constant, 2 boxes"
 
 
 def test_bytes_by_field_add_up_to_the_file():

@@ -44,7 +44,7 @@ def generate_options(command: argparse.ArgumentParser) -> None:
         dest="form",
         choices=("recipes", "shards"),
         default="recipes",
-        help="recipes: some 200 bytes a mix, for replay; shards: tars of mixed pictures",
+        help="recipes: some 150 bytes a mix, for replay; shards: tars of mixed pictures",
     )
     add("--picture-format", choices=("png", "webp", "jpg"), default="png", help="in shards")
     add("--quality", type=int, default=95, help="of webp and jpg")
