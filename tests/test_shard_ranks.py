@@ -1,5 +1,6 @@
 """Shards read by 1, 2 and 3 ranks under torchrun; shard_script.py is run and judged here."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,18 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 from colours import NUM_CLASSES, colour_teacher
-from shard_script import BATCH, RESUMED_AT, RESUMED_EPOCH, judged
+from shard_script import (
+    BATCH,
+    CASES,
+    OTHER_BATCH,
+    RESUMED_AT,
+    RESUMED_EPOCH,
+    SEED,
+    facts,
+    judged,
+)
 from tars import picture, write_tar
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
 )
+from torchvision.transforms import v2
+
+from supermix_transforms import ShardDataset, SuperMixCollate
 
 TESTS = Path(__file__).parent
 LENGTHS = [4, 7, 3, 6, 2]
 COUNT = sum(LENGTHS)
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
 ]
 
@@ -126,3 +140,44 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch_and_the_same_draws(ranks, w
 def test_workers_change_nothing(ranks):
     for rank in ranks:
         assert rank["0"] == rank["2"]
+
+
+# -- other settings of Accelerate and of the loader -----------------------------------------------
+
+
+def turns(ranks, case, epoch) -> list[dict]:
+    """Batches in the order in which the ranks take turns."""
+    parts = [rank[case][epoch] for rank in ranks]
+    return [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch]
+
+
+@pytest.mark.parametrize("epoch", range(2))
+@pytest.mark.parametrize("case", CASES)
+def test_any_setting_hands_out_all_samples_and_only_accelerates_own_padding(ranks, case, epoch):
+    order = shades(turns(ranks, case, epoch))
+    assert sorted(order[:COUNT]) == [11 * number for number in range(COUNT)]
+    assert order[COUNT:] == order[: len(order) - COUNT]
+    if case == "uneven":
+        assert len(order) == COUNT
+    else:
+        assert len({len(rank[case][epoch]) for rank in ranks}) == 1
+        assert len({len(shades(rank[case][epoch])) for rank in ranks}) == 1
+        assert len(order) - COUNT < OTHER_BATCH * len(ranks)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_setting_has_another_order_in_each_epoch(ranks, case):
+    assert shades(turns(ranks, case, 0)) != shades(turns(ranks, case, 1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_under_any_setting_a_batch_is_mixed_as_in_one_process(ranks, case, tmp_path):
+    write(tmp_path)
+    dataset = ShardDataset(tmp_path, transform=v2.ToImage())
+    collate = SuperMixCollate(colour_teacher(), seed=SEED)
+    collate.take_short()
+    for epoch in range(2):
+        collate.set_epoch(epoch)
+        for seen in turns(ranks, case, epoch):
+            batch = collate([dataset[int(shade) // 11] for shade in seen["shades"]])
+            assert facts(batch) == seen
