@@ -62,16 +62,16 @@ first steps:
 completion, for bash; for other shells likewise:
   supermix --print-completion bash > ~/.local/share/bash-completion/completions/supermix
 
-exit codes: 0 done; 1 inspect found something wrong; 2 an error, which is named; 130 interrupted;
-143 terminated"""
+exit codes: 0 done; 1 inspect found something wrong, or index --verify;
+2 an error, which is named; 130 interrupted; 143 terminated"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit code: 0; 1 where `inspect` found something wrong; 2 for an error; 130 when
-        interrupted, 143 when terminated.
+        The exit code: 0; 1 where `inspect` or `index` found something wrong; 2 for an error; 130
+        when interrupted, 143 when terminated.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -272,7 +272,8 @@ INDEX_EXAMPLE = """\
 example:
   supermix index --shards 'imagenet/train-{0000..1281}.tar'
 
-Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use."""
+Each tar gets a file NAME.tar.index beside it, which ShardDataset would else make at first use.
+--verify lists indices that are not what their tars hold; exit code 1 if there are any."""
 
 
 def _add_index(commands: Commands) -> None:
@@ -287,11 +288,14 @@ def _add_index(commands: Commands) -> None:
         metavar="TAR|DIR",
         help="tars, folders of them, or patterns such as train-{000..127}.tar",
     )
+    command.add_argument(
+        "--verify", action="store_true", help="read the tars and compare; write nothing"
+    )
     json_option(command)
 
 
 def _index(arguments: argparse.Namespace) -> IndexSummary:
-    return index_shards(arguments.shards)
+    return index_shards(arguments.shards, verify=arguments.verify)
 
 
 def _add_generate(commands: Commands) -> None:

@@ -15,7 +15,7 @@ import tarfile
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ __all__ = [
     "make_index",
     "parse_index",
     "read_members",
+    "verify_index",
     "write_index",
 ]
 
@@ -77,6 +78,31 @@ def load_index(shard: Path) -> ShardIndex:
         index = make_index(shard)
         write_index(shard, index)
     return index
+
+
+def verify_index(shard: Path) -> ShardIndex:
+    """The index beside a shard, compared with what the shard holds; nothing is written.
+
+    Raises:
+        ValueError: as `load_index`, and if the index is not there, is damaged, or says otherwise.
+    """
+    beside, made = _read(shard), make_index(shard)
+    if beside is None:
+        raise ValueError(
+            f"shards: expected an index beside {str(shard)!r}, got none that is whole and of a tar "
+            "of that size and time of change. `supermix index` makes it."
+        )
+    names = [field.name for field in fields(ShardIndex) if field.name != "places"]
+    if (
+        any(getattr(beside, name) != getattr(made, name) for name in names)
+        or beside.places.keys() != made.places.keys()
+        or any(not np.array_equal(made.places[each], beside.places[each]) for each in made.places)
+    ):
+        raise ValueError(
+            f"shards: expected the index beside {str(shard)!r} to say what the tar holds, got "
+            f"another. Remove {index_path(shard).name!r}; `supermix index` makes it anew."
+        )
+    return beside
 
 
 def make_index(shard: Path) -> ShardIndex:
@@ -257,7 +283,7 @@ def _integers(rows: Any) -> Places:
 
 def write_index(shard: Path, index: ShardIndex) -> None:
     """Write an index beside its shard; a warning where that cannot be done."""
-    fields = {
+    content = {
         "size": index.size,
         "time": index.time,
         "sha256": index.sha256,
@@ -265,7 +291,7 @@ def write_index(shard: Path, index: ShardIndex) -> None:
         "doubles": index.doubles,
         "places": {suffix: table.tolist() for suffix, table in index.places.items()},
     }
-    body = json.dumps(fields, separators=(",", ":")).encode()
+    body = json.dumps(content, separators=(",", ":")).encode()
     try:
         write_atomically(index_path(shard), _first_line(body).encode() + b"\n" + body)
     except OSError as error:
