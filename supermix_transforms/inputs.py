@@ -1,12 +1,15 @@
 """What comes in: pictures, labels and identities in whatever a data set or a loader yields."""
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "find_labels",
     "identities",
     "sample_keys",
+    "sendable",
     "split_batch",
 ]
 
@@ -242,3 +246,23 @@ def _outline(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {[type(item).__name__ for item in value]}"
     return type(value).__name__
+
+
+def sendable(extra: dict[Any, Any]) -> dict[Any, Any]:
+    """A batch's other fields as a worker can hand them on: what requires grad cannot leave it.
+
+    Raises:
+        ValueError: in a worker, for what cannot be pickled. Torch only prints why, and the process
+            that iterates waits for ever.
+    """
+    extra = tree_map_only(Tensor, Tensor.detach, extra)
+    for name, values in extra.items() if get_worker_info() is not None else ():
+        others = [each for each in tree_flatten(values)[0] if not isinstance(each, Tensor)]
+        try:
+            ForkingPickler.dumps(others)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"extra: expected fields that a worker can hand on, got {name!r}: {error}. Leave "
+                "it out of the samples or of collate=, or use num_workers=0."
+            ) from error
+    return extra

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from supermix_transforms.batch import (
@@ -31,6 +30,7 @@ from supermix_transforms.inputs import (
     check_same_kind,
     identities,
     sample_keys,
+    sendable,
     split_batch,
 )
 from supermix_transforms.mixing import Draw, label_mixes, label_originals, seeded
@@ -295,7 +295,7 @@ class SuperMixCollate(_BatchMixer):
             images.detach(),  # what requires grad cannot leave a worker
             None if labels is None else labels.detach(),
             ids=identities(images, sample_keys(batch)),
-            extra=tree_map_only(Tensor, Tensor.detach, extra),
+            extra=sendable(extra),
             mixer=self if self._transform is not None else None,
             token=self._token,
         )

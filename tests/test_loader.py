@@ -243,6 +243,22 @@ def test_fields_of_mapping_samples_travel_as_extra(teacher):
     assert second.labels.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_field_that_can_not_leave_a_worker_is_an_error_and_no_wait_without_end(teacher, workers):
+    def stack(samples):
+        batch = default_collate(samples)
+        return {**batch, "reader": {"open": lambda: batch}}
+
+    collate = SuperMixCollate(teacher, collate=stack)
+    dataset = Pictures(4, mapping=True)
+    loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=collate, timeout=60 * workers)
+    if workers == 0:
+        (batch,) = loader
+        assert batch.extra["reader"]["open"]()["__key__"] == batch.extra["__key__"]
+        return
+    assert_first_raises(loader, ValueError, "fields that a worker can hand on, got 'reader': ")
+
+
 def test_a_samples_key_is_part_of_its_identity(teacher):
     image, _ = Pictures(1)[0]
     samples = [{"__key__": f"k{i}", "image": image, "label": 0} for i in range(4)]
@@ -807,11 +823,16 @@ def test_gather_for_metrics_takes_what_a_batch_holds(accelerate, teacher, output
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_dispatch_mode_is_an_error_that_names_the_cure(accelerate, teacher, workers):
-    accelerator = accelerate.Accelerator(cpu=True)
-    loader = DataLoader(
-        PictureStream(8), 4, num_workers=workers, collate_fn=SuperMixCollate(teacher)
+@pytest.mark.parametrize("kind", ["stream", "map-style", "map-style, split"])
+@pytest.mark.parametrize("output", ["batch", "tuple"])
+def test_dispatch_mode_is_an_error_that_names_the_cure(accelerate, teacher, workers, kind, output):
+    settings = accelerate.DataLoaderConfiguration(
+        dispatch_batches=None if kind == "stream" else True, split_batches=kind.endswith("split")
     )
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=settings)
+    samples = PictureStream(8) if kind == "stream" else Pictures(8, mapping=True)
+    collate = SuperMixCollate(teacher, output=output)
+    loader = DataLoader(samples, 4, num_workers=workers, collate_fn=collate)
     loader = accelerator.prepare(loader)
     assert type(loader).__name__ == "DataLoaderDispatcher"
     message = r"dispatch mode cannot carry a MixBatch.*dispatch_batches=False"
