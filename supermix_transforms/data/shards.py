@@ -68,7 +68,9 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             of a sample's other members (suffix -> bytes) that returns its label.
         on_error: ``"raise"``, or ``"skip"``: samples that cannot be read are left out, counted in
             `skipped` and named in a warning. A shard that is damaged or has changed, and what the
-            transform or the function `labels` raises, is always an error.
+            transform or the function `labels` raises, is always an error. Batches are short by what
+            was left out, so those of several ranks may differ in size; `gather_for_metrics` needs
+            equal ones: evaluate with "raise".
 
     Attributes:
         shards: the tars, in order.
