@@ -247,10 +247,22 @@ def test_a_torn_picture_in_a_tar_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"no tar at all" * 99, b""])
 def test_a_file_that_is_no_tar_is_an_error(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"images: expected a folder or a whole tar file, got '.*'"
-    ):
+    with pytest.raises(ValueError, match=r"images: expected a whole .*tar file, got '.*a.tar'"):
         list(PictureFiles(tmp_path / "a.tar"))
+
+
+def test_a_tar_that_is_cut_or_damaged_is_an_error_after_the_pictures_before(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.png": encoded() for i in range(4)})
+    content = path.read_bytes()
+    header = content.index(b"2.png")
+    for damaged in (content[:header], content[: header + 99], content.replace(b"2.png", b"x.png")):
+        path.write_bytes(damaged)
+        pictures = iter(PictureFiles(path, size=24))
+        assert [next(pictures)[0] for _ in range(2)] == ["0.png", "1.png"]
+        with pytest.raises(
+            ValueError, match=r"images: expected a whole tar file, got '.*a.tar' of"
+        ):
+            next(pictures)
 
 
 def test_a_tar_without_pictures_is_an_error(tmp_path):

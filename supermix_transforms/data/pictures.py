@@ -1,7 +1,6 @@
 """Pictures from disk: a folder or a WebDataset tar, decoded by Pillow, as uint8 tensors."""
 
 import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from supermix_transforms.data.tarheaders import tar_members
 from supermix_transforms.mixing import Draw, generator
 
 if TYPE_CHECKING:
@@ -30,14 +30,15 @@ class PictureFiles:
     in its own order. Nothing in a tar but pictures is decoded, so no pickle in it is ever opened.
 
     Args:
-        path: a folder, searched for jpg, jpeg, png and webp files at any depth; or a tar.
+        path: a folder, searched for jpg, jpeg, png and webp files at any depth; or a tar, not
+            compressed.
         size: S, in pixels.
         seed: of the order.
         skip: a folder inside of `path` whose files are left out: earlier mixes.
 
     Raises:
-        ValueError: if `path` is not there, holds no picture, or one that cannot be read. The last
-            two are found while iterating.
+        ValueError: if `path` is not there, holds no picture, or one that cannot be read, or is no
+            whole tar. All but the first are found while iterating.
     """
 
     def __init__(
@@ -84,18 +85,15 @@ class PictureFiles:
             for file in self._files:
                 yield file.relative_to(self.path).as_posix(), file.read_bytes()
             return
-        from webdataset.tariterators import tar_file_iterator
-
         # Opened here: as a URL, some file names would start a shell or the network.
-        with self.path.open("rb") as stream:
+        with self.path.open("rb") as tar:
             try:
-                for member in tar_file_iterator(stream, select_files=_is_picture):
-                    yield member["fname"], member["data"]
-            except tarfile.TarError as error:
-                raise ValueError(
-                    f"images: expected a folder or a whole tar file, got {str(self.path)!r}: "
-                    f"{str(error).partition(' @ ')[0]}. Copy the file again, or pass a folder."
-                ) from error
+                for member in tar_members(self.path, tar):
+                    if _is_picture(member.name):
+                        tar.seek(member.offset_data)
+                        yield member.name, tar.read(member.size)
+            except ValueError as error:
+                raise ValueError(f"images: {str(error).removeprefix('shards: ')}") from error
 
 
 def _is_picture(name: str) -> bool:
