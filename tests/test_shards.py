@@ -81,7 +81,7 @@ def test_labels_are_found(tmp_path, suffix, content, labels, expected):
 @pytest.mark.parametrize("suffix", ["cls", "txt", "json"])
 def test_a_label_that_is_no_index_is_an_error(tmp_path, suffix, content):
     write_tar(tmp_path / "a.tar", [("a.png", picture(1)), (f"a.{suffix}", content)])
-    with pytest.raises(ValueError, match=r"expected a class index as the label of a in .*labels="):
+    with pytest.raises(ValueError, match=r"expected a class index as the label of 'a in .*labels="):
         ShardDataset(tmp_path)[0]
 
 
@@ -145,7 +145,7 @@ def test_labels_that_can_not_be_read_are_counted(tmp_path):
         (batch,) = DataLoader(dataset, 4)
     assert batch[1].tolist() == [0, 1]
     assert dataset.skipped == 2
-    reasons = ["expected a class index as the label of 0002 in", "'0003 in .*Pillow cannot read"]
+    reasons = ["expected a class index as the label of '0002 in", "'0003 in .*Pillow cannot read"]
     assert len(warned) == 2
     for each, reason in zip(warned, reasons, strict=True):
         assert re.search(f"1 samples skipped: .*{reason}", str(each.message))
@@ -174,6 +174,27 @@ def test_only_what_can_not_be_read_is_skipped(tmp_path):
     with pytest.raises(ValueError, match="has changed since it was opened"):
         dataset.__getitems__([0, 1])
     assert dataset.skipped == 0
+
+
+def test_names_that_are_paths_lead_nowhere(tmp_path):
+    victim = tmp_path / "victim"
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    names = [f"{victim}", "../victim", "a/../../victim", "\x1b[31mred", "a\nb", "ü\udcff"]
+    members = [
+        (f"{name}.{suffix}", content)
+        for number, name in enumerate(names)
+        for suffix, content in [("png", picture(number)), ("cls", b"%d" % number)]
+    ]
+    members += [("../bad.png", picture(1)), ("../bad.cls", b"no \x1b[31m")]
+    write_tar(folder / "a.tar", members)
+    dataset = ShardDataset(folder)
+    assert [dataset[n][1] for n in range(len(names))] == list(range(len(names)))
+    assert [dataset.name(n) for n in range(len(names))] == [f"a.tar/{name}" for name in names]
+    with pytest.raises(ValueError, match=r"the label of '../bad in ") as error:
+        dataset[len(names)]
+    assert "\x1b" not in str(error.value)
+    assert {path.name for path in tmp_path.rglob("*")} == {"shards", "a.tar", "a.tar.index"}
 
 
 def test_a_pickle_in_a_shard_is_never_opened(tmp_path):

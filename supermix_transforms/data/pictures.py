@@ -85,7 +85,6 @@ class PictureFiles:
             for file in self._files:
                 yield file.relative_to(self.path).as_posix(), file.read_bytes()
             return
-        # Opened here: as a URL, some file names would start a shell or the network.
         with self.path.open("rb") as tar:
             try:
                 for member in tar_members(self.path, tar):

@@ -301,8 +301,8 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
             return index
         except ValueError:
             raise UnreadableError(
-                f"shards: expected a class index as the label of {name}, got {text[:60]!r} in its "
-                f"{suffix}. Pass the class names as labels=, or a function that reads it."
+                f"shards: expected a class index as the label of {name!r}, got {text[:60]!r} in "
+                f"its {suffix}. Pass the class names as labels=, or a function that reads it."
             ) from None
 
 

@@ -191,8 +191,9 @@ def read_members(
                 if offset >= 0:
                     members[suffix] = _content(file, offset, size)
     except (OSError, tarfile.TarError) as error:
+        name = f"{index.keys[row]}.{suffix}"
         raise ValueError(
-            f"shards: expected '{index.keys[row]}.{suffix}' at byte {offset} of {str(shard)!r}, "
+            f"shards: expected {name!r} at byte {offset} of {str(shard)!r}, "
             f"got {error}. The file has changed since it was opened; start again, and its index is "
             "made anew."
         ) from error
