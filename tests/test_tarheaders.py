@@ -72,7 +72,7 @@ LIES = {
     "global pax": (header("g", 1 << 40, b"g"), "header of 1099511627776 bytes"),
     "a name of no bytes at all": (header("L", -1, b"L"), "header of -1 bytes"),
     "names of names": (header("L", 0, b"L") * 2000 + header("a.jpg"), "recursion"),
-    "a charset of no text": (pax(b"16 hdrcharset=\xff\n") + header("a.jpg"), ""),
+    "a length of many digits": (pax(b"1" * 5000 + b" path=a\n") + header("a.jpg"), ""),
     "a long name": (header("L", 2000, b"L") + padded(b"n" * 2000) + header("a"), "2000 characters"),
     "many globals": (pax(GLOBALS, kind=b"g") + header("a.jpg"), "1001 global entries"),
     "a sparse file": (header("a.jpg", 0, b"S"), "a sparse file at byte 0"),
