@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset
 from supermix_transforms.data import cache
-from supermix_transforms.data.tarindex import index_path, load_index
+from supermix_transforms.data.tarindex import index_path, load_index, write_index
 
 
 class Server(ThreadingHTTPServer):
@@ -175,7 +176,18 @@ def test_a_shard_of_another_hash_than_its_index_is_an_error(server, copies):
     load_index(shard)
     dataset = ShardDataset(f"{server.url}/part-0.tar", cache_dir=copies)
     write_tar(shard, samples(50, 3))
-    with pytest.raises(ValueError, match=r"a file with sha256 .* instead of"):
+    with pytest.raises(ValueError, match=r"part-0.tar.index, for \w{64}, says something else"):
+        dataset[0]
+    assert files(copies) == []
+
+
+def test_a_published_index_that_gives_samples_the_places_of_others_is_an_error(server, copies):
+    (shard,) = write_shards(server.folder, [3])
+    index = load_index(shard)
+    swapped = {suffix: table[::-1].copy() for suffix, table in index.places.items()}
+    write_index(shard, replace(index, places=swapped))
+    dataset = ShardDataset(f"{server.url}/part-0.tar", cache_dir=copies)
+    with pytest.raises(ValueError, match="says something else"):
         dataset[0]
     assert files(copies) == []
 

@@ -1,7 +1,7 @@
 """Shards from elsewhere, copied whole into a folder on first use.
 
 A copy is read to its end and, where its index lies beside the original (``URL.index``), compared
-with the sha256 in that, before it gets its name: a file in the folder is a whole shard. All
+with that, before it gets its name: a file in the folder is a whole shard. All
 processes of a machine share the folder; of those that want the same shard at once, one copies and
 the others wait.
 """
@@ -44,14 +44,14 @@ def published_index(url: str) -> ShardIndex | None:
     return parse_index(content)
 
 
-def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
+def fetch(url: str, target: Path, *, published: ShardIndex | None = None) -> None:
     """Copy a shard to `target`, unless it is there.
 
     Args:
         url: of any scheme that ``webdataset.gopen`` knows: http, https, hf, gs, ...; a ``pipe:``
             runs its command.
         target: see `cached_path`; its folder is made. Progress is shown on a terminal.
-        sha256: what the copy must have, if it is known.
+        published: what the copy must hold, if it is known.
 
     Raises:
         ValueError: if the shard cannot be had whole, is another one, or does not fit the disk, and
@@ -70,8 +70,11 @@ def fetch(url: str, target: Path, *, sha256: str | None = None) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             index = make_index(part)
-            if sha256 not in (None, index.sha256):
-                raise ValueError(f"a file with sha256 {index.sha256} instead of {sha256}")
+            if published is not None and not index.agrees(published):
+                raise ValueError(
+                    f"a file with sha256 {index.sha256}, of which {url}.index, for "
+                    f"{published.sha256}, says something else"
+                )
             os.replace(part, target)
             write_index(target, index)
         except (OSError, ValueError) as error:

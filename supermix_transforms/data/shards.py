@@ -270,7 +270,7 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         """What a sample is called, and its picture, what tells its label, or both."""
         shard, known, row = self._place(index)
         if shard in self._urls and not shard.exists():
-            fetch(self._urls[shard], shard, sha256=known.sha256)
+            fetch(self._urls[shard], shard, published=known)
         wanted = [
             suffix
             for suffix in known.places
