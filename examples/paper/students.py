@@ -75,6 +75,7 @@ SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is ask
     # one thing of "supermix" each, to see what makes a mix teach
     "start": {"settings": SolverSettings(max_steps=0)},  # no step after the surrogate's masks
     "coarse": {"settings": SolverSettings(mask_size=8)},  # cells of 4 pixels instead of 2
+    "coarser": {"settings": SolverSettings(mask_size=4)},
     "share": {"settings": SolverSettings(min_share=0.8)},
     "margin": {"settings": SolverSettings(margin=1.0)},
     "uneven": {"alpha": 0.5},
