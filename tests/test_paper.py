@@ -92,6 +92,31 @@ def test_the_same_students_are_measured_on_the_test_set_and_none_is_trained(
     assert 0 < tested["ece"] != held_out["ece"]  # of other pictures
 
 
+def test_the_set_s_own_teacher_finds_its_labels_right_and_another_network_less(
+    script, monkeypatch, data, work, capsys
+):
+    students, labels = script("students"), script("labels")
+    train, *_ = students.shards_of(data, work)
+    case = students.Case("cutmix-hard", pictures=1000, mixes=1000)
+    folder = students.recipes_of(case, data, work, train[:1])
+    monkeypatch.setattr(
+        sys, "argv", ["labels", "--data", str(data), "--work", str(work), "--sets", folder.name]
+    )
+    found = []
+    for judge in ("resnet56", "resnet20"):
+        net = students.cifar_teacher(data, "cifar100", net=judge)
+        monkeypatch.setattr(labels, "cifar_teacher", lambda *_, net, known=net: known)
+        labels.main()
+        (figures,) = json.loads(capsys.readouterr().out).values()
+        found.append(figures)
+    own, other = found
+    assert own["another's class is the label"] > 0.99
+    assert own["KL"] < 0.05
+    assert other["another's class is the label"] < 0.7
+    assert other["KL"] > 0.5
+    assert 0.4 < other["hard label is the heavier source's"] < other["largest probability"] < 0.9
+
+
 def test_figure_6_varies_one_thing(script):
     figure = script("figure6")
     case = script("students").Case("cutmix-hard", pictures=2000, mixes=2000)

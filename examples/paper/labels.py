@@ -1,17 +1,25 @@
-"""What the labels of mixed sets say: is the teacher's class one of the pictures', and which?
+"""What the labels of mixed sets say, and whether another network says so too.
 
-    python examples/paper/labels.py --work students/ --sets supermix-2000 cutmix-2000
+    python examples/paper/labels.py --data ../shared/data --work students/ \
+        --sets supermix-2000 cutmix-2000
 
-Reads recipes that students.py has made; no picture is decoded, no network runs.
+Reads recipes of the ResNet-56 that students.py has made. The ResNet-20 beside the pictures, which
+had no part in them and was trained on the same pictures, looks at 2,000 mixes of each set.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+from torch.nn.functional import kl_div
+from torch.utils.data import DataLoader
 
-from supermix_transforms import Outcome, ShardDataset
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from real_data import cifar_teacher
+
+from supermix_transforms import Outcome, ShardDataset, ShardSampler, TeacherLabeler, replay
 from supermix_transforms.data.picturesets import labels_of
 from supermix_transforms.offline.replaying import open_unit
 
@@ -42,17 +50,36 @@ def figures_of(folder: Path, classes: np.ndarray) -> dict[str, float]:
     return {name: round(float(np.mean([each[name] for each in found])), 3) for name in found[0]}
 
 
+def judged(folder: Path, dataset: ShardDataset, judge: TeacherLabeler) -> dict[str, float]:
+    """How far another network's answers to mixes are from the stored ones."""
+    mixes = replay(folder, dataset)
+    sampler = ShardSampler(mixes, seed=0, window=0)
+    loader = DataLoader(mixes, 250, sampler=sampler, collate_fn=mixes.collate)
+    same, gap, count = 0, 0.0, 0
+    for batch in loader:
+        theirs, ours = batch.mixed_teacher, judge(batch.mixed)
+        same += int((theirs.hard == ours.hard).sum())
+        gap += float(kl_div(ours.log_probs, theirs.probs, reduction="sum"))
+        count += len(batch.mixed)
+        if count >= 2000:
+            break
+    return {"another's class is the label": round(same / count, 3), "KL": round(gap / count, 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="that of students.py")
     parser.add_argument("--sets", nargs="+", required=True, help="folders of recipes in it")
     options = parser.parse_args()
+    judge = cifar_teacher(options.data, "cifar100", net="resnet20")
     result = {}
     for name in options.sets:
         shards = sorted((options.work / "shards-1000").glob("train-*.tar"))
         dataset = ShardDataset(shards[: int(name.split("-")[1]) // 1000])
         classes = labels_of(dataset, range(len(dataset))).numpy()
-        result[name] = figures_of(options.work / name, classes)
+        folder = options.work / name
+        result[name] = figures_of(folder, classes) | judged(folder, dataset, judge)
     print(json.dumps(result, indent=1))
 
 
