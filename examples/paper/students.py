@@ -31,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from real_data import CIFAR100_STATISTICS, ResNet, cifar_net, cifar_teacher
 
-from supermix_transforms import ShardDataset, SolverSettings, SuperMix, generate
+from supermix_transforms import ShardDataset, SolverSettings, SuperMix, TeacherLabeler, generate
 from supermix_transforms.charts import mean_and_error
 from supermix_transforms.data.policies import FILES, POLICIES, load_policy
 from supermix_transforms.files import write_atomically
@@ -65,6 +66,17 @@ SETTINGS: dict[str, Any] = {  # chosen on held-out pictures, the same for all me
     "view": [str(step) for step in VIEW.transforms],
     "labels": "the 20 largest of the teacher's",
 }
+
+
+class Steady(TeacherLabeler):
+    """A teacher that looks at four views of each mix: what it sees survives flips and shifts."""
+
+    def logits(self, images: Tensor, *, precise: bool = False) -> Tensor:
+        there, back = (pad(images, (by, -by, by, -by)) for by in (2, -2))
+        views = (images, images.flip(3), there, back.flip(3))
+        return self._mean([super(Steady, self).logits(view, precise=precise) for view in views])
+
+
 SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is asked for
     "supermix": {},
     "matched": {"partners": "matched"},
@@ -81,6 +93,8 @@ SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is ask
     "uneven": {"alpha": 0.5},
     "three": {"k": 3},
     "drop": {"unconverged": "drop"},
+    "steady": {"teacher": Steady},
+    "cutmix-steady": {"mix": "cutmix", "teacher": Steady},
 }
 METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is learned from it
     "ce": {"set": "cutmix", "learn": "originals"},
@@ -170,9 +184,10 @@ def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     }
     parts = [name, case.pictures, *(f"{part}{value}" for part, value in others.items())]
     out = work / "-".join(map(str, parts))
+    look = options.pop("teacher", TeacherLabeler)
     generate(
         ShardDataset(shards, transform=VIEW),
-        cifar_teacher(data, "cifar100", net=case.teacher),
+        look(cifar_teacher(data, "cifar100", net=case.teacher)),
         out,
         passes=max(1, case.mixes // case.pictures),
         top=20,
