@@ -20,6 +20,7 @@ from supermix_transforms.dense import (
     mix_masks,
     refuse_untyped,
 )
+from supermix_transforms.draws import Draw
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_device,
@@ -30,7 +31,7 @@ from supermix_transforms.inputs import (
     identities,
 )
 from supermix_transforms.masks import mix_images
-from supermix_transforms.mixing import Draw, check_k
+from supermix_transforms.mixing import check_k
 from supermix_transforms.results import Mixed
 from supermix_transforms.teacher import TeacherLabeler
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.data.pictures import png, read_picture, to_tensor
+from supermix_transforms.draws import Draw
 from supermix_transforms.files import write_atomically
 from supermix_transforms.inputs import identities
 from supermix_transforms.member import device_of
-from supermix_transforms.mixing import Draw
 from supermix_transforms.models import NamedTeacher, load_teacher
 from supermix_transforms.plots import Panel, contact_sheet, make_panels, require_matplotlib
 from supermix_transforms.results import Mixed

@@ -23,6 +23,7 @@ from supermix_transforms.batch import (
     register,
 )
 from supermix_transforms.batchmix import BatchMix, tell_epoch
+from supermix_transforms.draws import Draw, Purpose, seeded
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_images,
@@ -33,7 +34,7 @@ from supermix_transforms.inputs import (
     sendable,
     split_batch,
 )
-from supermix_transforms.mixing import Draw, label_mixes, label_originals, seeded
+from supermix_transforms.mixing import label_mixes, label_originals
 from supermix_transforms.results import Mixed, Outcome
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -43,7 +44,6 @@ __all__ = ["MixLoader", "SuperMixCollate"]
 
 Unconverged = Literal["keep", "drop", "redraw"]
 REDRAWS = 2
-FOREIGN, AFTER = 8, 9  # purposes of random numbers; mixing, partners and views have 0 to 5
 
 
 class _BatchMixer:
@@ -139,7 +139,7 @@ class _BatchMixer:
         self, transform: Callable[..., Any], images: Tensor, labels: Tensor | None, ids: Tensor
     ) -> MixResult:
         """Somebody else's transform: it draws from torch's global generator, put back after it."""
-        with seeded(Draw(self.seed, self.epoch, ids), FOREIGN, images.device):
+        with seeded(Draw(self.seed, self.epoch, ids), Purpose.FOREIGN, images.device):
             output = transform(images, labels) if labels is not None else transform(images)
         if labels is not None and not (isinstance(output, (tuple, list)) and len(output) == 2):
             raise ValueError(
@@ -164,7 +164,7 @@ class _BatchMixer:
         mixed, labeler = result.mixed, self._labeler
         assert mixed is not None
         if self._after is not None:
-            with seeded(draw, AFTER, mixed.images.device):
+            with seeded(draw, Purpose.AFTER, mixed.images.device):
                 # one at a time: a batch would be cropped or flipped as a whole
                 images = [check_same_kind(self._after(image), image) for image in mixed.images]
             mixed = replace(mixed, images=torch.stack(images))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from supermix_transforms.mixing import Draw, generator
+from supermix_transforms.draws import Draw, Purpose, generator
 from supermix_transforms.results import ClassMaps
 from supermix_transforms.solver import margins
 
@@ -67,8 +67,7 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, draw: Draw, *, cap:
             "of the batch that the class maps are of."
         )
     # Rows in an order of the samples' own: sums and ties then do not depend on the batch's.
-    ids = draw.ids.tolist()
-    order = torch.tensor(sorted(range(count), key=lambda row: (draw.digest(3, ids[row]), row)))
+    order = torch.tensor(draw.order(Purpose.ORDER))
     place = order.to(classes.device)
     with torch.no_grad(), torch.autocast(classes.device.type, enabled=False):
         features, weight, bias = (tensor.float() for tensor in maps)
@@ -77,7 +76,7 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, draw: Draw, *, cap:
     # infinite where a pair holds all classes there are, NaN where the teacher's answer is
     scores = scores.double().nan_to_num(nan=-LARGE_SCORE).clamp(-LARGE_SCORE, LARGE_SCORE).cpu()
     same = (classes[:, None] == classes[None, :])[place][:, place].cpu()
-    chance = generator(draw, draw.ids[order].tolist(), purpose=4).random((count, count))
+    chance = generator(draw, draw.ids[order].tolist(), Purpose.CHANCE).random((count, count))
     scores = scores - SIMILAR * similar.cpu() + CHANCE * torch.from_numpy(chance)
     sources = _assign(scores, same, has_turn(draw)[order], k, cap)
     return order[sources][order.argsort()].to(classes.device)
@@ -86,7 +85,8 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, draw: Draw, *, cap:
 def has_turn(draw: Draw) -> Tensor:
     """Who must be a partner in this epoch, (B,) bool: each sample in one of `TURNS` epochs."""
     still = draw._replace(epoch=0, attempt=0)
-    return torch.tensor([(still.digest(5, i) + draw.epoch) % TURNS == 0 for i in draw.ids.tolist()])
+    phases = [still.digest(Purpose.TURN, i) for i in draw.ids.tolist()]
+    return torch.tensor([(phase + draw.epoch) % TURNS == 0 for phase in phases])
 
 
 def _assign(scores: Tensor, same: Tensor, turn: Tensor, k: int, cap: int) -> Tensor:

@@ -16,13 +16,10 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.batchmix import BatchMix
+from supermix_transforms.draws import Draw, Purpose, draw_ring, draw_weights, generator
 from supermix_transforms.inputs import LabelsGetter, check_labels
 from supermix_transforms.masks import mix_images
 from supermix_transforms.mixing import (
-    Draw,
-    draw_ring,
-    draw_weights,
-    generator,
     label_mixes,
     or_labels,
     supermix,
@@ -288,7 +285,7 @@ class CutMix(_Blind):
         # a small alpha leaves nothing of some images
         shares = np.divide(parts, upto, out=np.zeros_like(parts), where=upto > 0)
         for row, ids in enumerate(draw.ids[sources].tolist()):
-            random = generator(draw, ids, purpose=2)
+            random = generator(draw, ids, Purpose.RECTANGLES)
             for i in range(1, sources.shape[1]):
                 half = 0.5 * math.sqrt(shares[row, i])
                 y, x = random.integers(height), random.integers(width)

@@ -21,7 +21,7 @@ from supermix_transforms.commands.contenders import (
     make_sample,
     measure,
 )
-from supermix_transforms.mixing import draw_weights
+from supermix_transforms.draws import draw_weights
 from supermix_transforms.settings import SolverSettings
 from supermix_transforms.transforms import SuperMix
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from supermix_transforms import partners
-from supermix_transforms.mixing import Draw, draw_ring
+from supermix_transforms.draws import Draw, draw_ring
 from supermix_transforms.partners import TURNS, has_turn, match_partners
 from supermix_transforms.results import ClassMaps
 

@@ -33,9 +33,9 @@ from torchvision.transforms import v2
 from supermix_transforms import CutMix, MixUp, SuperMix, TeacherLabeler
 from supermix_transforms.dense import _box_shares as box_shares
 from supermix_transforms.dense import mix_boxes, mix_masks
+from supermix_transforms.draws import Draw, Purpose, generator
 from supermix_transforms.inputs import identities
 from supermix_transforms.masks import owners
-from supermix_transforms.mixing import Draw, generator
 from supermix_transforms.results import Mixed, Outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -460,7 +460,7 @@ def test_cutmix_pastes_boxes_and_labels_by_the_exact_areas(k):
     assert torch.equal(sources, wanted.sources)
     height, width = SIZE
     for row in range(COUNT):
-        random = generator(draw, draw.ids[sources[row]].tolist(), purpose=2)
+        random = generator(draw, draw.ids[sources[row]].tolist(), Purpose.RECTANGLES)
         boxes, total = [], wanted.weights[row, 0].item()
         for i in range(1, k):
             total += wanted.weights[row, i].item()

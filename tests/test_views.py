@@ -9,8 +9,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from supermix_transforms.data.views import PURPOSE, Crop, View, ViewDraws
-from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.data.views import Crop, View, ViewDraws
+from supermix_transforms.draws import Draw, Purpose, seeded
 
 SIZES = [(300, 200), (31, 40), (20, 25), (33, 32)]  # width, height
 TRANSFORMS = [
@@ -39,7 +39,7 @@ def test_a_view_is_what_torchvision_makes_of_the_picture(transform, size):
     for index in range(6):
         prepared = draws.view.prepare(whole)
         ours = draws.view.cut(prepared, draws(prepared, 2, index))
-        with seeded(Draw(3, 2, torch.tensor([index])), PURPOSE, torch.device("cpu")):
+        with seeded(Draw(3, 2, torch.tensor([index])), Purpose.VIEW, torch.device("cpu")):
             theirs = v2.functional.pil_to_tensor(transform(whole))
         assert np.array_equal(ours, theirs.numpy())
 

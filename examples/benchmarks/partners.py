@@ -22,8 +22,9 @@ from reports import Report, options_of
 from torch import Tensor
 
 from supermix_transforms import TeacherLabeler
+from supermix_transforms.draws import Draw, draw_ring, draw_weights
 from supermix_transforms.inputs import identities
-from supermix_transforms.mixing import Draw, draw_ring, draw_weights, supermix
+from supermix_transforms.mixing import supermix
 from supermix_transforms.partners import match_partners
 from supermix_transforms.results import ClassMaps
 

@@ -32,10 +32,11 @@ from torchvision.transforms import v2
 
 from supermix_transforms import CutMix, MixUp, SolverSettings, SuperMix, TeacherLabeler
 from supermix_transforms.batchmix import BatchMix
+from supermix_transforms.draws import Draw, draw_ring, draw_weights
 from supermix_transforms.inputs import identities
 from supermix_transforms.losses import kl_divergence
 from supermix_transforms.masks import blur, mix_images, owners, project, render
-from supermix_transforms.mixing import Draw, draw_ring, draw_weights, soft_targets
+from supermix_transforms.mixing import soft_targets
 from supermix_transforms.results import Mixed, Outcome
 from supermix_transforms.solver import margins
 

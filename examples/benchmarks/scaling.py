@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from supermix_transforms import supermix
+from supermix_transforms.draws import Draw, draw_ring, draw_weights
 from supermix_transforms.inputs import identities
-from supermix_transforms.mixing import Draw, draw_ring, draw_weights
 from supermix_transforms.results import Mixed
 
 PICTURES, ALPHA = 100, 3.0

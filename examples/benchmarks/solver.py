@@ -22,9 +22,10 @@ from torch import Tensor
 
 from supermix_transforms import SolverSettings, SuperMix, TeacherLabeler
 from supermix_transforms.commands.measured import wilson
+from supermix_transforms.draws import Draw
 from supermix_transforms.inputs import identities
 from supermix_transforms.losses import kl_divergence
-from supermix_transforms.mixing import Draw, soft_targets
+from supermix_transforms.mixing import soft_targets
 from supermix_transforms.solver import margins
 
 BATCH, CHECK_BATCH = 100, 37

@@ -34,7 +34,7 @@ from supermix_transforms.charts import (
     top_probabilities,
 )
 from supermix_transforms.demo import demo_pictures
-from supermix_transforms.mixing import Draw
+from supermix_transforms.draws import Draw
 from supermix_transforms.models import load_teacher
 from supermix_transforms.plots import Cell, heat_overlay, picture_grid
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from supermix_transforms.commands.authors import authors_loop
 from supermix_transforms.commands.measured import Measured, Sample
 from supermix_transforms.demo import stack_pictures
+from supermix_transforms.draws import Draw, draw_ring, draw_weights
 from supermix_transforms.inputs import identities
 from supermix_transforms.memory import group_size
 from supermix_transforms.methods import ask, gradient_of
-from supermix_transforms.mixing import Draw, draw_ring, draw_weights
 from supermix_transforms.results import Mixed
 from supermix_transforms.settings import MethodName, SolverSettings
 from supermix_transforms.solver import margins

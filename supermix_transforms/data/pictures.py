@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from supermix_transforms.data.tarheaders import tar_members
-from supermix_transforms.mixing import Draw, generator
+from supermix_transforms.draws import Draw, Purpose, generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,6 @@ __all__ = ["SUFFIXES", "PictureFiles", "png", "read_picture", "to_tensor"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # nobody asked for Pillow's other decoders, such as Ghostscript
-ORDER_PURPOSE = 4  # of a stream of random numbers, beside those of mixing
 
 
 class PictureFiles:
@@ -62,7 +61,7 @@ class PictureFiles:
             if inner is not None and self.path.resolve() in inner.parents:
                 files = [file for file in files if inner not in file.resolve().parents]
             draw = Draw(seed, 0, torch.empty(0))
-            order = generator(draw, [], ORDER_PURPOSE).permutation(len(files))
+            order = generator(draw, [], Purpose.FILES).permutation(len(files))
             self._files = [files[place] for place in order]
 
     def __length_hint__(self) -> int:

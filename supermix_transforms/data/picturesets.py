@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from supermix_transforms.data.pictures import SUFFIXES, read_picture
 from supermix_transforms.data.shards import check_some
 from supermix_transforms.data.views import ViewDraws
-from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.draws import Draw, Purpose, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +29,6 @@ __all__ = [
     "open_folder",
     "open_torchvision",
 ]
-
-AUGMENT = 6  # purpose of random numbers, beside those of mixing
 
 
 class Readable(Protocol):
@@ -226,7 +224,7 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
             image = torch.from_numpy(view.cut(picture, self._draws(picture, self._epoch, index)))
             if self._augment is not None:
                 draw = Draw(self._draws.seed, self._epoch, torch.tensor([index]))
-                with seeded(draw, AUGMENT, image.device):
+                with seeded(draw, Purpose.AUGMENT, image.device):
                     image = self._augment(image)
             samples.append((image, label, at[index]))
         check_some(samples, len(places))

@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from supermix_transforms.mixing import Draw, seeded
+from supermix_transforms.draws import Draw, Purpose, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +26,6 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _functional: Any = F  # its annotations speak of tensors alone
 
-PURPOSE = 5  # of random numbers, beside those of mixing
 MOST_PIXELS = 1 << 14  # of a picture's side: crops are stored in 16 bits
 STAGES: tuple[Any, ...] = (
     v2.Resize,
@@ -173,7 +172,7 @@ class ViewDraws:
                 f"{picture.size}. Add v2.Resize(...) before the crop."
             )
         draw = Draw(self.seed, epoch, torch.tensor([index]))
-        with seeded(draw, PURPOSE, torch.device("cpu")):
+        with seeded(draw, Purpose.VIEW, torch.device("cpu")):
             top, left, height, width = _box(self._crop, picture)
             return Crop(top, left, height, width, flip=int(torch.rand(()) < self._flip))
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from supermix_transforms.batch import MixResult
 from supermix_transforms.data.shards import ShardDataset
+from supermix_transforms.draws import Draw
 from supermix_transforms.files import write_atomically
-from supermix_transforms.mixing import Draw, or_labels
+from supermix_transforms.mixing import or_labels
 from supermix_transforms.offline.ledger import Ledger
 from supermix_transforms.offline.mixedshards import (
     INFO,
