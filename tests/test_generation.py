@@ -466,6 +466,19 @@ def test_a_terminal_shows_rate_and_time_left(dataset, tmp_path):
     assert frames[-1][:2] == ("3", "22")
 
 
+def test_a_log_gets_lines_now_and_then(dataset, tmp_path, monkeypatch, capsys):
+    run(dataset, tmp_path / "soon over")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("supermix_transforms.offline.writing.LOG_SECONDS", 0.0)
+    run(dataset, tmp_path / "long")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3
+    line = r"(\d) of 3 units, (\d+) mixes, [\d.]+ a second, \d:\d\d:\d\d left"
+    found = [re.fullmatch(line, each).groups() for each in lines]
+    assert found[:3] == [("1", "10"), ("2", "20"), ("3", "22")]
+    assert lines[-1].endswith("0:00:00 left")
+
+
 def test_the_rate_that_is_shown_is_of_what_this_run_makes(dataset, tmp_path):
     run(dataset, tmp_path)
     (tmp_path / "000-000002.recipe").unlink()

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["GenerateSummary", "Run"]
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0  # for a process to begin
+LOG_SECONDS = 60.0  # between two lines of progress, where there is no terminal
 Show: TypeAlias = Callable[[Callable[[], dict[str, UnitEntry]]], None]
 MEASURED = 64  # pictures that a dry run mixes
 
@@ -218,9 +220,9 @@ class Run:
 
 @contextlib.contextmanager
 def _progress(units: int, rank: int) -> Iterator[Show]:
-    """A bar on a terminal, of the first process, over what all have finished.
+    """Of the first process, over what all have finished: a bar on a terminal, lines in a log.
 
-    It is told how to find that out, which reads a file, and is left alone where there is no bar.
+    It is told how to find that out, which reads a file, and is left alone until there is need.
     """
     from rich.console import Console
     from rich.progress import (
@@ -231,27 +233,35 @@ def _progress(units: int, rank: int) -> Iterator[Show]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("units  {task.description}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    quiet = rank > 0 or not console.is_terminal
-    with Progress(*columns, console=console, disable=quiet) as progress:
+    logged = not console.is_terminal
+    with Progress(*columns, console=console, disable=rank > 0 or logged) as progress:
         task = progress.add_task("", total=units)
-        start, before = time.perf_counter(), -1
+        start, before, spoken = time.perf_counter(), -1, time.perf_counter()
 
         def show(find: Callable[[], dict[str, UnitEntry]]) -> None:
-            nonlocal before
-            if quiet:
+            nonlocal before, spoken
+            first, now = before < 0, time.perf_counter()
+            if rank > 0 or (logged and not first and now - spoken < LOG_SECONDS):
                 return
             entries = find()
             mixes = sum(entry.mixes for entry in entries.values())
-            before = mixes if before < 0 else before
-            rate = (mixes - before) / max(1e-3, time.perf_counter() - start)
+            before = mixes if first else before
+            rate = (mixes - before) / max(1e-3, now - start)
             text = f"{mixes:,} mixes, {rate:.1f} a second"
             progress.update(task, completed=len(entries), description=text)
+            if logged and not first:
+                spoken = now
+                left = (units - len(entries)) * mixes / max(1, len(entries)) / max(1e-3, rate)
+                ahead = f"{timedelta(seconds=round(left))} left"
+                console.print(
+                    f"{len(entries):,} of {units:,} units, {text}, {ahead}", soft_wrap=True
+                )
 
         yield show
