@@ -34,7 +34,7 @@ from supermix_transforms.inputs import (
     sendable,
     split_batch,
 )
-from supermix_transforms.mixing import label_mixes, label_originals
+from supermix_transforms.mixing import keep_rows, label_mixes, label_originals
 from supermix_transforms.results import Mixed, Outcome
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -180,12 +180,12 @@ class _BatchMixer:
         return result
 
     def _drop(self, result: MixResult) -> MixResult:
-        assert result.mixed is not None
-        outcome = result.mixed.outcome
+        mixed, label, targets = result.mixed, result.mixed_teacher, result.targets
+        assert mixed is not None
+        outcome = mixed.outcome
         rows = ((outcome == Outcome.CONVERGED) | (outcome == Outcome.UNMIXED)).nonzero().flatten()
-        label, targets = result.mixed_teacher, result.targets
         return result._replace(
-            mixed=result.mixed[rows],
+            mixed=keep_rows(mixed, rows),
             mixed_teacher=None if label is None else label[rows],
             targets=None if targets is None else targets[rows],
         )

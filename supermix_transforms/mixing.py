@@ -13,6 +13,7 @@ from supermix_transforms.teacher import TeacherLabeler, as_labeler
 
 __all__ = [
     "check_k",
+    "keep_rows",
     "label_mixes",
     "label_originals",
     "or_labels",
@@ -156,6 +157,16 @@ def unmixed(images: Tensor, k: int) -> Mixed:
     masks[:, 0] = 1
     sources = torch.arange(count, device=images.device)[:, None].repeat(1, k)
     return Mixed.unsearched(images, sources, masks, Outcome.UNMIXED)
+
+
+def keep_rows(mixed: Mixed, rows: Tensor) -> Mixed:
+    """Some of the mixes; what the others cost the teacher is added to their calls."""
+    kept, count = mixed[rows], len(rows)
+    if count in (0, len(mixed)):
+        return kept
+    forwards = (mixed.forwards.sum() - kept.forwards.sum()) / count
+    backwards = (mixed.backwards.sum() - kept.backwards.sum()) / count
+    return replace(kept, forwards=kept.forwards + forwards, backwards=kept.backwards + backwards)
 
 
 def check_k(k: object, alpha: object) -> None:

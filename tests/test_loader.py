@@ -515,6 +515,7 @@ def test_drop_leaves_only_those_that_did():
         assert torch.equal(getattr(drop, name), getattr(keep, name)[rows]), name
     assert drop.converged.all()
     assert len(drop.mixed_teacher) == rows.sum()
+    assert drop.calls == pytest.approx(keep.calls)  # those of the dropped ones, too
     images, targets = stubborn_batch("drop", output="concat").to("cpu")
     assert len(images) == len(targets) == 8 + rows.sum()
 
