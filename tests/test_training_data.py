@@ -98,6 +98,15 @@ def test_an_augmentation_is_before_the_mixing(shards):
     assert data.validation.dataset[0][0].max() > 0
 
 
+def test_what_comes_after_the_mixing_is_what_the_teacher_labels(shards):
+    teacher = labeler()
+    options = {"labeler": teacher, "mix": SuperMix(teacher)}
+    batch = next(iter(ours(ShardDataset(shards), after=torch.zeros_like, **options).train))
+    assert batch.images.max() > 0
+    assert batch.mixed.max() == 0
+    assert (batch.mixed_teacher.hard == 3).all()  # dark
+
+
 def test_classes_of_a_folder_must_be_the_teachers(folder):
     pictures = open_source(images=str(folder))
     with pytest.raises(ValueError, match="expected the teacher's 4 classes, got 2: cats, dogs"):

@@ -113,6 +113,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
     },
     # SuperMix, mixed while training
     **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
+    # cropped and flipped once more, and labelled as they are then
+    "after-soft": {"online": True, "after": VIEW, "target": "soft"},
     **{name: {"augment": name, "learn": "originals"} for name in (*POLICIES, *FILES)},
 }
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
@@ -227,6 +229,7 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     if "augment" in method:
         epochs = settings_of(case, case.pictures // BATCH).epochs
         augment = load_policy(method["augment"], epochs=epochs)
+    options["after"] = method.get("after")
     view = {"labeler": teacher, "view": lambda _: VIEW, "size": 32}
     return online(ShardDataset(train), judged, mix=mix, augment=augment, **view, **options)
 

@@ -105,6 +105,7 @@ def online(
     view: Callable[[int], Any],
     size: int,
     mix: Callable[..., Any] | None,
+    after: Callable[..., Any] | None = None,
     target: Any = "soft",
     augment: Callable[[Tensor], Tensor] | None = None,
     labelled: bool = True,
@@ -121,6 +122,7 @@ def online(
         view: from a size to a transform, as `views.VIEWS`.
         size: of the pictures, in pixels.
         mix: a transform as for `SuperMixCollate`.
+        after: of each mix, as there.
         target: "soft" or "hard", of the mixes.
         augment: of each picture after its view, before anything is mixed.
         labelled: whether the pictures' own labels are learned; else the teacher's.
@@ -137,7 +139,7 @@ def online(
     classes = _classes(pictures, shown, labeler, labelled, num_classes)
     collate = None
     if mix is not None:
-        collate = SuperMixCollate(labeler, mix=mix, target=target, seed=seed)
+        collate = SuperMixCollate(labeler, mix=mix, after=after, target=target, seed=seed)
     order: dict[str, Any] = {"shuffle": True}
     if isinstance(pictures, ShardDataset):  # reads stay local
         order = {"sampler": ShardSampler(shown, seed=seed)}
