@@ -6,7 +6,7 @@ CIFAR-100 and its ResNet-56 (the paper: VGG13), 2,000 pictures, k 2; of the trai
 teacher knows by heart, and of the test set.
 
 - a: the features before the classifier of three classes, in the plane of the originals' first two
-  principal components, and the standard deviation around each class's mean in all dimensions
+  principal components, and how far they are from their class's mean in all dimensions, on average
   (c-std). The paper draws both and says that SuperMix's lie near the centre.
 - b: the mean of the sorted top-5 probabilities, and the mean entropy in nats. The paper: smoother
   on mixes, smoothest on SuperMix's.

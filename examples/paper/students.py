@@ -394,7 +394,8 @@ def main() -> None:
     if options.merge:
         every = [json.loads(path.read_text()) for path in options.merge]
         results = [result for each in every for result in each["results"]]
-        content = every[0] | {"results": results}
+        content = {name: value for each in every for name, value in each.items()}
+        content["results"] = results
         write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
         options.seeds = []  # nothing is run
     cases = cases_of(options, student=options.student)

@@ -84,7 +84,7 @@ def search_options(command: argparse.ArgumentParser) -> None:
         "--mask-size",
         type=int,
         metavar="CELLS",
-        help="a side; 16, or 8 for small pictures and the paper's methods, if left out",
+        help="a side; if left out 16, and 8 for the paper's methods on pictures of up to 64 px",
     )
 
 

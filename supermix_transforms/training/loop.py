@@ -7,7 +7,7 @@
 What a batch holds decides what is learned from it: a `MixBatch` (online, or from `replay`) has
 originals, mixes and the teacher's labels of both; of a plain ``(images, labels)`` the teacher is
 asked where its labels are wanted. Runs on any number of processes that Accelerate knows of. Killed,
-it goes on with the very next batch.
+it goes on from its last checkpoint, and its weights end up the same.
 """
 
 import json
