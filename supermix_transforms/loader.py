@@ -176,7 +176,9 @@ class _BatchMixer:
             label, mixed = label_mixes(labeler, mixed, result.labels)
             result = result._replace(mixed=mixed, mixed_teacher=label, targets=label.probs)
         if result.teacher is None:
-            result = result._replace(teacher=label_originals(labeler, result.images, result.labels))
+            forwards = mixed.forwards + len(result.images) / max(1, len(mixed))
+            teacher = label_originals(labeler, result.images, result.labels)
+            result = result._replace(mixed=replace(mixed, forwards=forwards), teacher=teacher)
         return result
 
     def _drop(self, result: MixResult) -> MixResult:

@@ -84,6 +84,7 @@ def label_mixes(
 ) -> tuple[TeacherLabels, Mixed]:
     """The teacher's labels of mixes; where it has no finite answer, Eq. 2's, and that outcome."""
     logits = labeler.ask(mixed.images)
+    mixed = replace(mixed, forwards=mixed.forwards + 1)
     lost = ~logits.isfinite().all(dim=1)
     if not bool(lost.any()):
         return labeler.label(logits), mixed

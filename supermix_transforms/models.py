@@ -3,9 +3,10 @@
 import difflib
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def load_teacher(name: str, *, weights: str | Path | None = None) -> NamedTeache
             is handed on untouched.
         weights: a ``.safetensors``, ``.pt`` or ``.pth`` file of tensors. timm's, torchvision's
             and efficientnet-lite0's nets take its number of classes. None: the pretrained ones,
-            from the network if they are not in the library's cache.
+            from the network if they are not in the library's cache. The ``best.safetensors`` of
+            `distill` says how its pictures were normalised, and that wins.
 
     Raises:
         ValueError: if the name, the file or the function is not found, the function fails, the
@@ -49,13 +51,14 @@ def load_teacher(name: str, *, weights: str | Path | None = None) -> NamedTeache
         ImportError: if the library that the name asks for is not installed.
     """
     if name.endswith(".py") or ".py:" in name:  # first, since paths have slashes, too
-        return _from_file(name, weights)
+        return _as_trained(_from_file(name, weights), weights)
     scheme, _, net = name.partition("/")
     loaders = {"timm": _timm, "torchvision": _torchvision, "pytorchcv": _pytorchcv}
     if name != "efficientnet-lite0" and (scheme not in loaders or not net):
         raise ValueError(f"teacher: expected {FORMS}, got {name!r}. Write one of these forms.")
     state = None if weights is None else read_state(weights)  # before anything is built
-    return loaders[scheme](net, state) if net else _efficientnet_lite0(state)
+    teacher = loaders[scheme](net, state) if net else _efficientnet_lite0(state)
+    return _as_trained(teacher, weights)
 
 
 def load_student(name: str, num_classes: int, *, weights: str | Path | None = None) -> nn.Module:
@@ -97,6 +100,27 @@ def load_student(name: str, num_classes: int, *, weights: str | Path | None = No
         _fill(name, model, read_state(weights))
     student: nn.Module = model.train()
     return student
+
+
+def _as_trained(teacher: NamedTeacher, weights: str | Path | None) -> NamedTeacher:
+    """With the mean and std that are noted beside the weights, if any are."""
+    if weights is None or Path(weights).suffix != ".safetensors":
+        return teacher
+    with _import("safetensors").safe_open(weights, framework="pt") as file:
+        noted = (file.metadata() or {}).get("normalisation")
+    if noted is None:
+        return teacher
+    try:
+        mean, std = (
+            None if value is None else tuple(map(float, value))
+            for value in map(json.loads(noted).__getitem__, ("mean", "std"))
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"weights: expected mean and std as `supermix distill` notes them, got {noted[:80]!r} "
+            f"in {str(weights)!r}. Save the tensors without metadata, and pass --mean and --std."
+        ) from error
+    return replace(teacher, mean=mean, std=std)
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from supermix_transforms.cli import main
 from supermix_transforms.commands.bench import bench as bench_function
 from supermix_transforms.data.tarindex import index_path
 from supermix_transforms.demo import DEMO_FILES
+from supermix_transforms.models import load_teacher
 
 ROOT = Path(__file__).parents[1]
 TEACHER = """
@@ -564,6 +565,27 @@ def test_distill_mixes_while_it_trains_and_holds_a_tenth_out(distilling, generat
     }
     assert main([*distilling, *teacher, *ONLINE, "--kd", "both"]) == 0  # finished: nothing is done
     assert "top1 " in capsys.readouterr().out
+
+
+def test_distill_begins_with_weights_and_keeps_to_its_options(distilling, generating, capsys):
+    teacher = ["--teacher", generating[generating.index("--teacher") + 1], *ONLINE]
+    first, second = [*distilling], [*distilling]
+    second[-1] += "-2"
+    normal = ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.2"]
+    assert main([*first, *teacher, *normal]) == 0
+    best = f"{first[-1]}/best.safetensors"
+    options = ["--kd", "both", "--kd-weight", "0.3", "--temperature", "2", "--lr", "0"]
+    options += ["--unconverged", "drop", "--student-weights", best, "--json"]
+    capsys.readouterr()
+    assert main([*second, *teacher, *options]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["kd_weight"], settings["temperature"]) == (0.3, 2.0)
+    assert settings["unconverged"] == "drop"
+    one, two = load_file(best), load_file(f"{second[-1]}/best.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)  # nothing was learned
+    learned = load_teacher(distilling[distilling.index("--student") + 1], weights=best)
+    assert learned.mean == (0.5, 0.4, 0.3)
+    assert learned.std == (0.2, 0.2, 0.2)
 
 
 def test_distill_from_recipes_needs_no_teacher(distilling, generating, capsys):

@@ -13,9 +13,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from supermix_transforms import MixLoader, SuperMixCollate, TeacherLabeler
+from supermix_transforms import MixLoader, MixUp, SuperMixCollate, TeacherLabeler
 from supermix_transforms.losses import kd_loss, supermix_kd_loss, supermix_loss
-from supermix_transforms.training import MODERN, PAPER, DistillSettings, distill, evaluate
+from supermix_transforms.training import (
+    MODERN,
+    PAPER,
+    DistillSettings,
+    distill,
+    evaluate,
+    make_accelerator,
+)
 from supermix_transforms.training.checkpoints import Checkpoint, Progress
 from supermix_transforms.training.hints import HINTS, HintLoss
 from supermix_transforms.training.loss import Pictured
@@ -210,6 +217,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ema, after
     ]
     assert histories[0] == histories[1]
     assert (whole.top1, whole.student_samples) == (parts.top1, parts.student_samples)
+
+
+def test_a_run_that_was_stopped_before_a_last_batch_of_one_goes_on(tmp_path):
+    settings = DistillSettings(epochs=1, lr=0.05, warmup_epochs=0, save_steps=1)
+
+    def stop(done: int, steps: int) -> None:
+        assert steps == 5
+        if done == 5:
+            raise Stop  # after the checkpoint of the fourth
+
+    whole = distill(student(), online(25), None, tmp_path / "whole", settings=settings)
+    with pytest.raises(Stop):
+        distill(student(), online(25), None, tmp_path / "parts", settings=settings, advance=stop)
+    parts = distill(student(), online(25), None, tmp_path / "parts", settings=settings)
+    assert whole.student_samples == parts.student_samples == 50
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def accumulating(steps: int):
@@ -428,6 +452,45 @@ def test_without_validation_there_are_no_figures_of_it(tmp_path):
     assert not (tmp_path / "best.safetensors").exists()
 
 
+def test_the_teachers_calls_are_counted_whatever_is_learned(tmp_path):
+    teacher = TeacherLabeler(colour_teacher())
+    mixup = online(mix=MixUp(k=2, teacher=teacher))
+    for name, train, options, calls in (
+        ("ce", plain(), {}, 0),
+        ("kd", plain(), {"kd": "originals"}, 24),
+        ("mixup", mixup, {}, 48),  # the originals' labels and the mixes'
+        ("none of the mixes", online(), {"learn": "originals"}, 0),
+    ):
+        settings = DistillSettings(epochs=1, **options)
+        folder = tmp_path / name
+        summary = distill(student(), train, None, folder, settings=settings, teacher=teacher)
+        assert summary.teacher_calls == calls, name
+        assert summary.student_samples == (48 if name == "mixup" else 24)
+
+
+@pytest.mark.parametrize("what", ["student", "average", "hints"])
+def test_whoever_is_judged_is_so_in_the_precision_of_training(tmp_path, what, own_precision):
+    network, seen = (Staged(4) if what == "hints" else student()), []
+
+    def look(module: nn.Module, *_) -> None:
+        if not module.training:
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    next(part for part in network.modules() if isinstance(part, nn.Conv2d)).register_forward_hook(
+        look
+    )
+    settings = DistillSettings(epochs=1, ema=0.9 if what == "average" else 0.0)
+    hints = None
+    if what == "hints":
+        hints = HintLoss("at", network, Staged(6), torch.zeros(2, 3, 9, 7))
+        seen.clear()
+    accelerator = make_accelerator(settings, mixed_precision="bf16")
+    options = {"settings": settings, "accelerator": accelerator, "hints": hints}
+    distill(network, plain(), held_out(), tmp_path, **options)
+    assert seen
+    assert all(seen)
+
+
 # -- what can go wrong -----------------------------------------------------------------------------
 
 
@@ -437,6 +500,13 @@ def test_kd_wants_the_teachers_labels(tmp_path):
         distill(student(), plain(), None, tmp_path, settings=settings)
 
 
+def test_who_is_judged_by_the_teachers_classes_wants_a_teacher(tmp_path):
+    settings = DistillSettings(epochs=1, labels="teacher")
+    with pytest.raises(ValueError, match="a teacher whose classes the validation is judged by"):
+        distill(student(), online(), held_out(), tmp_path, settings=settings)
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
     distill(student(), plain(), None, tmp_path, settings=FEW)
     other = DistillSettings(epochs=3, lr=0.06, warmup_epochs=1, save_steps=2)
@@ -444,6 +514,8 @@ def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
         distill(student(), plain(), None, tmp_path, settings=other)
     with pytest.raises(ValueError, match="got others: mix None, now cutmix"):
         distill(student(), plain(), None, tmp_path, settings=FEW, described={"mix": "cutmix"})
+    with pytest.raises(ValueError, match="got others: batches_an_epoch 4, now 5"):
+        distill(student(), plain(25), None, tmp_path, settings=FEW)
     other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
     with pytest.raises(ValueError, match="expected the student that"):
         distill(other_net, plain(), None, tmp_path, settings=FEW)

@@ -1,6 +1,7 @@
 """Teachers by name: what is found, how weights fit, and what errors say."""
 
 import importlib
+import json
 import urllib.error
 from pathlib import Path
 
@@ -297,6 +298,29 @@ def test_torchvision_without_a_network_asks_for_a_weights_file(tmp_path, monkeyp
     monkeypatch.setattr("torch.hub.urlopen", offline)
     with pytest.raises(ValueError, match=r"of torchvision/squeezenet1_1, got URLError: .*no netw"):
         load_teacher("torchvision/squeezenet1_1")
+
+
+LINEAR = "from torch import nn\n\n\ndef build():\n    return nn.Linear(2, 3)\n"
+
+
+@pytest.mark.parametrize("noted", [{"mean": [0.1], "std": [0.2]}, {"mean": None, "std": None}])
+def test_what_is_noted_beside_the_weights_says_how_pictures_are_normalised(tmp_path, noted):
+    (tmp_path / "net.py").write_text(LINEAR)
+    about = {"normalisation": json.dumps(noted)}
+    state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    save_file(state, tmp_path / "best.safetensors", about)
+    teacher = load_teacher(f"{tmp_path}/net.py:build", weights=tmp_path / "best.safetensors")
+    expected = [None if value is None else tuple(value) for value in noted.values()]
+    assert [teacher.mean, teacher.std] == expected
+
+
+@pytest.mark.parametrize("noted", ["", "{}", '{"mean": 3, "std": 4}', '{"mean": ["x"], "std": []}'])
+def test_notes_beside_the_weights_that_make_no_sense_are_an_error(tmp_path, noted):
+    (tmp_path / "net.py").write_text(LINEAR)
+    state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    save_file(state, tmp_path / "best.safetensors", {"normalisation": noted})
+    with pytest.raises(ValueError, match="expected mean and std as `supermix distill` notes them"):
+        load_teacher(f"{tmp_path}/net.py:build", weights=tmp_path / "best.safetensors")
 
 
 # -- students --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The scripts of the paper's tables and figures, in small, on real pictures with a real teacher."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -63,15 +64,18 @@ def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, ca
     assert again[-1]["method"] == "ce"
 
 
-def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work):
+def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work, capsys):
     (policy,) = run(
         script("table1"), monkeypatch, data, work, *SMALL, "--methods", "fast-autoaugment-cifar10"
     )
     assert (policy["teacher"], policy["student"]) == ("resnet20", "resnet20")
     assert policy["student_samples"] == 1000
-    (other,) = run(script("table3"), monkeypatch, data, work, *SMALL, "--methods", "cutmix-hard")
-    assert other["student"] == "shufflenet_v2_x0_5"
-    assert other["student_samples"] == 2000
+    table3 = script("table3")
+    methods = ["at", "vid", "cutmix-hard"]
+    *others, _ = run(table3, monkeypatch, data, work, *SMALL, "--methods", *methods)
+    assert {other["student"] for other in others} == {"shufflenet_v2_x0_5"}
+    assert {other["student_samples"] for other in others} == {1000}
+    assert "paper: 73.4" in capsys.readouterr().err
 
 
 def test_the_same_students_are_measured_on_the_test_set_and_none_is_trained(
@@ -118,6 +122,19 @@ def test_the_set_s_own_teacher_finds_its_labels_right_and_another_network_less(
     assert other["another's class is the label"] < 0.7
     assert other["KL"] > 0.5
     assert 0.4 < other["hard label is the heavier source's"] < other["largest probability"] < 0.9
+
+
+def test_a_case_with_another_alpha_is_another_case(script, tmp_path, monkeypatch):
+    students = script("students")
+    asked = []
+    monkeypatch.setattr(
+        students, "figures_of", lambda case, *_: asked.append(case) or students.asdict(case)
+    )
+    case = students.Case("cutmix-hard")
+    options = argparse.Namespace(out=tmp_path / "a.json", data=None, work=None, compile=False)
+    for alpha in (3.0, None, 3.0, None):
+        students.run_all([students.replace(case, alpha=alpha)], options)
+    assert [each.alpha for each in asked] == [3.0, None]
 
 
 def test_figure_6_varies_one_thing(script):

@@ -17,6 +17,7 @@ from supermix_transforms import (
 from supermix_transforms.data.picturesets import open_folder
 from supermix_transforms.data.views import VIEWS
 from supermix_transforms.training.data import (
+    _tenth,
     mixed_pictures,
     of_recipes,
     online,
@@ -57,19 +58,27 @@ def ours(pictures, validation=None, **options):
     return online(pictures, validation, size=16, **options, **OPTIONS)
 
 
-def test_every_tenth_picture_is_held_out_and_never_trained_on(shards):
+def test_a_tenth_of_the_pictures_is_held_out_and_never_trained_on(shards):
     data = ours(ShardDataset(shards))
-    assert data.labels().tolist() == [i % 4 for i in range(22) if i % 10]
+    kept = data.train.dataset.indices
+    assert data.labels().tolist() == [i % 4 for i in kept]
     trained, judged = (
         [loader.dataset.indices[place] for *_, places in loader for place in places.tolist()]
         for loader in (data.train, data.validation)
     )
-    assert judged == [0, 10, 20]
+    assert len(judged) == 3
+    assert judged == ours(ShardDataset(shards), seed=5).validation.dataset.indices
     assert sorted(trained + judged) == list(range(22))
     assert data.num_classes == NUM_CLASSES
     images, labels, _ = next(iter(data.validation))
     assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.uint8)
-    assert labels.tolist() == [0, 2, 0]
+    assert labels.tolist() == [i % 4 for i in judged]
+
+
+def test_what_is_held_out_has_no_period():
+    held_out = _tenth(1000)
+    assert len(held_out) == 100
+    assert len({place % 10 for place in held_out}) == 10
 
 
 def test_with_a_validation_set_nothing_is_held_out(shards):

@@ -14,6 +14,7 @@ As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test. A small setting:
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from students import Case, cases_of, parser_of, run_all
@@ -43,7 +44,9 @@ def varied(case: Case, panel: str) -> list[Case]:
 def main() -> None:
     parser = parser_of(__doc__, "figure6", METHODS)
     parser.add_argument("--panel", choices=tuple(VALUES), required=True)
+    parser.set_defaults(out=None)  # that of the panel
     options = parser.parse_args()
+    options.out = options.out or Path(f"docs/results/figure6-{options.panel}.json")
     if options.panel == "lambda_s":
         options.methods = ["paper-hard"]
     cases = [new for case in cases_of(options) for new in varied(case, options.panel)]

@@ -22,9 +22,10 @@ to standard error.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -123,6 +124,8 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "shufflenet_v2_x0_5": lambda: _torchvision("shufflenet_v2_x0_5"),
     "mobilenet_v3_small": lambda: _torchvision("mobilenet_v3_small"),
 }
+# whose maps stand beside those of the teacher's three, where names differ
+STAGES = {"shufflenet_v2_x0_5": ("stage2:layer1", "stage3:layer2", "stage4:layer3")}
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
         mix = other_pictures(unlabelled_of(data, work), view, seed=case.seed)
     augment = None
     if "augment" in method:
-        epochs = settings_of(case, case.pictures // BATCH).epochs
+        epochs = settings_of(case, math.ceil(case.pictures / BATCH)).epochs
         augment = load_policy(method["augment"], epochs=epochs)
     options["after"] = method.get("after")
     view = {"labeler": teacher, "view": lambda _: VIEW, "size": 32}
@@ -275,7 +278,10 @@ def figures_of(case: Case, data: Path, work: Path, compiled: bool) -> dict[str, 
     if method := METHODS[case.method].get("hints"):
         labels = loaders.labels() if method == "crd" else None
         network = cifar_net(data, "cifar100", case.teacher)
-        hints = HintLoss(method, student, network, torch.zeros(2, 3, 32, 32), labels=labels)
+        layers = None if method == "crd" else STAGES.get(case.student)
+        hints = HintLoss(
+            method, student, network, torch.zeros(2, 3, 32, 32), layers=layers, labels=labels
+        )
     summary = distill(
         student,
         loaders.train,
@@ -316,8 +322,8 @@ def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) 
         **content,
     }
     for case in cases:
-        known = {name: value for name, value in asdict(case).items() if value is not None}
-        if any(known.items() <= result.items() for result in found["results"]):
+        asked = asdict(case).items()
+        if any(all(each.get(name) == value for name, value in asked) for each in found["results"]):
             continue
         found["results"].append(figures_of(case, options.data, options.work, options.compile))
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -326,8 +332,12 @@ def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) 
     return found["results"]
 
 
-def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[str]:
-    """A line for each method of a setting: top-1 in per cent, and less the base's of that seed."""
+def table(
+    results: list[dict[str, Any]],
+    paper: Mapping[str, Any] | None = None,
+    base: str = "cutmix-hard",
+) -> Iterator[str]:
+    """A line for each method of a setting: top-1 in per cent, less the base's, and the paper's."""
     settings: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for result in results:
         setting = tuple(
@@ -344,7 +354,8 @@ def table(results: list[dict[str, Any]], base: str = "cutmix-hard") -> Iterator[
             pairs = [top - others[seed] for seed, top in found.items() if seed in others]
             if pairs and method != base:
                 line += f"   {_with_error(pairs, sign='+')}"
-            yield f"{line}   {len(found)} seed{'s' if len(found) > 1 else ''}"
+            line += f"   {len(found)} seed{'s' if len(found) > 1 else ''}"
+            yield f"{line}   paper: {paper[method]}" if paper and method in paper else line
 
 
 def _with_error(values: Sequence[float], sign: str = "") -> str:

@@ -14,7 +14,9 @@ measured here. A small setting, that shows that all rows work:
         --pictures 2000 --mixes 2000 --steps 32
 """
 
-from students import cases_of, parser_of, run_all
+import sys
+
+from students import cases_of, parser_of, run_all, table
 
 PAPER = {  # top-1, %, on the test set
     "teacher": 72.34,
@@ -39,7 +41,8 @@ def main() -> None:
     methods = [name for name in PAPER if name != "teacher"]
     options = parser_of(__doc__, "table2", methods).parse_args()
     command = "python examples/paper/table2.py"
-    run_all(cases_of(options), options, command=command, paper_top1=PAPER)
+    results = run_all(cases_of(options), options, command=command, paper_top1=PAPER)
+    print("\n".join(table(results, PAPER)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ PAPER = {  # top-1 and top-5 errors, %
 }
 ROWS = tuple(name for name in PAPER if name not in ("teacher", "at"))  # no maps of one size here
 
+ASKED = ("teacher", "student", "epochs", "size")  # that a row's figures are of
+
 
 def options_of(row: str) -> list[str]:
     """What `supermix distill` is asked for."""
@@ -81,16 +83,18 @@ def main() -> None:
         content = json.loads(options.out.read_text())
     content |= {"command": "python examples/paper/table4.py", "paper_errors": PAPER}
     for row in options.rows:
-        if any(result["row"] == row for result in content["results"]):
+        asked = {"row": row, **{name: getattr(options, name) for name in ASKED}}
+        if any(asked.items() <= result.items() for result in content["results"]):
             continue
         command = [sys.executable, "-m", "supermix_transforms.cli", "distill", "--json"]
         command += ["--shards", *shards, "--teacher", options.teacher, "--size", options.size]
         command += ["--student", options.student, "--epochs", options.epochs]
-        command += ["--out", str(options.work / row), *options_of(row)]
+        run = "-".join(str(value).replace("/", "-") for value in asked.values())
+        command += ["--out", str(options.work / run), *options_of(row)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         summary = json.loads(done.stdout)
         names = ("top1", "top5", "agreement", "student_samples", "teacher_calls", "seconds")
-        content["results"].append({"row": row, **{name: summary[name] for name in names}})
+        content["results"].append({**asked, **{name: summary[name] for name in names}})
         write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
     print(json.dumps(content, indent=1))
 

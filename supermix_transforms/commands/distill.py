@@ -45,25 +45,17 @@ examples:
       --student timm/resnet18 --out run/
 
 Mixes are made while training, by the teacher, or read from recipes or mixed shards. Without
---validation every tenth sample is held out; not with recipes, which were made of all. Killed and
-started again, it goes on."""
+--validation a tenth of the samples is held out; not with recipes, which were made of all. Killed
+and started again, it goes on."""
 
 VIEW = "random-resized-crop"
-MIXING = ("mix", "k", "alpha", "partners")  # what is asked of mixes made while training
+# what is asked of mixes that are made while training
+MIXING = ("mix", "k", "alpha", "partners", "unconverged")
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
-    *("teacher", "weights", "mean", "std", "mix", "k", "alpha", "partners", "recipes"),
-    *(
-        "mixed_shards",
-        "unlabelled",
-        "target",
-        "hints",
-        "layers",
-        "student",
-        "batch_size",
-        "accumulate",
-    ),
-    "mixed_precision",
+    *("teacher", "weights", "mean", "std", *MIXING, "recipes", "mixed_shards", "unlabelled"),
+    *("target", "hints", "layers", "student", "student_weights"),
+    *("batch_size", "accumulate", "mixed_precision"),
 )
 
 
@@ -116,6 +108,11 @@ def _mix_options(group: Any) -> None:
     add("--k", type=int, help="pictures a mix, 2 if left out")
     add("--alpha", type=float, help="of the weights; 3 for supermix, 1 for the others")
     add("--partners", choices=("random", "matched"), help="of supermix; random, if left out")
+    add(
+        "--unconverged",
+        choices=("keep", "drop", "redraw"),
+        help="mixes in which the teacher does not see all pictures; keep, if left out",
+    )
     other = group.add_mutually_exclusive_group().add_argument
     other("--recipes", metavar="DIR", help="what generate wrote of these shards; needs no teacher")
     other("--mixed-shards", metavar="DIR", help="what generate --as shards wrote; needs no teacher")
@@ -141,11 +138,14 @@ def _mix_options(group: Any) -> None:
         default="none",
         help="distillation loss (Eq. 8), on which pictures",
     )
+    add("--kd-weight", type=float, help="lambda_KD of Eq. 8; 0.1, if left out")
+    add("--temperature", type=float, help="tau of Eq. 8; 4, if left out")
 
 
 def _training_options(group: Any) -> None:
     add = group.add_argument
     add("--student", required=True, metavar="NAME", help="timm/NAME, ..., as for --teacher")
+    add("--student-weights", metavar="FILE", help="to begin with, as --weights")
     add("--preset", choices=("paper", "modern"), default="paper", help="settings of the training")
     add("--epochs", type=int, help="passes over the training data; the preset's")
     add("--lr", type=float, help="learning rate; the preset's, if left out")
@@ -179,6 +179,8 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
         learn=arguments.learn,
         labels=arguments.labels,
         kd=arguments.kd,
+        kd_weight=_given(arguments.kd_weight, preset.kd_weight),
+        temperature=_given(arguments.temperature, preset.temperature),
         seed=arguments.seed,
     )
     state = process_state()
@@ -186,7 +188,8 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
         with _bar(state.process_index) as (show, advance):
             teacher = _teacher_of(arguments, state.device)
             data = _training_data(arguments, teacher.labeler, teacher.size, settings.epochs)
-            student = load_student(arguments.student, data.num_classes)
+            weights = arguments.student_weights
+            student = load_student(arguments.student, data.num_classes, weights=weights)
             summary = distill(
                 student,
                 data.train,
@@ -220,7 +223,7 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
 
 def _plain(name: str, value: Any) -> Any:
     """A path in one way of writing it, ``run`` of ``run/``."""
-    paths = ("images", "weights", "recipes", "mixed_shards")
+    paths = ("images", "weights", "recipes", "mixed_shards", "student_weights")
     return os.path.normpath(value) if name in paths and value is not None else value
 
 
@@ -299,6 +302,7 @@ def _training_data(
         augment=augment,
         labelled=arguments.labels == "data",
         num_classes=arguments.num_classes or num_classes,
+        unconverged=arguments.unconverged or "keep",
         **options,
     )
 

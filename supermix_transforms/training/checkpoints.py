@@ -119,13 +119,17 @@ class Checkpoint:
         write_atomically(self._folder / "last.safetensors", save(tensors, about))
 
     def save_best(self) -> None:
-        """The student's weights as they are judged, under its own names."""
+        """The student's weights as they are judged, under its own names.
+
+        Beside them is how its pictures were normalised: `load_teacher` reads it.
+        """
         from safetensors.torch import save
 
         judged: Any = self._network if self._average is None else self._average.module
         state = judged.network.state_dict()
         tensors = {name: _copy(value) for name, value in state.items()}
-        write_atomically(self._folder / "best.safetensors", save(tensors))
+        about = {"normalisation": json.dumps(judged.normalisation)}
+        write_atomically(self._folder / "best.safetensors", save(tensors, about))
 
 
 def _copy(value: Tensor) -> Tensor:

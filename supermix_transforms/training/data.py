@@ -1,11 +1,13 @@
 """What a student is trained on: loaders of originals with mixes, and of pictures held out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -38,7 +40,7 @@ __all__ = [
     "other_pictures",
 ]
 
-HELD_OUT = 10  # every tenth sample, where nothing else is there to validate on
+HELD_OUT = 10  # one of so many samples, where nothing else is there to validate on
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def online(
     size: int,
     mix: Callable[..., Any] | None,
     after: Callable[..., Any] | None = None,
+    unconverged: Any = "keep",
     target: Any = "soft",
     augment: Callable[[Tensor], Tensor] | None = None,
     labelled: bool = True,
@@ -116,13 +119,15 @@ def online(
     """Batches of views, mixed by `mix` while training; without it plain ``(images, labels)``.
 
     Args:
-        pictures: to learn from; every tenth is held out if there is no `validation`.
+        pictures: to learn from; a tenth is held out if there is no `validation`, the same in each
+            run.
         validation: to judge on, the middle of each.
         labeler: labels the mixes.
         view: from a size to a transform, as `views.VIEWS`.
         size: of the pictures, in pixels.
         mix: a transform as for `SuperMixCollate`.
         after: of each mix, as there.
+        unconverged: as there.
         target: "soft" or "hard", of the mixes.
         augment: of each picture after its view, before anything is mixed.
         labelled: whether the pictures' own labels are learned; else the teacher's.
@@ -133,13 +138,14 @@ def online(
     Raises:
         ValueError: if the number of classes is not known, or the pictures' are not the teacher's.
     """
-    held_out = [] if validation is not None else list(range(0, len(pictures), HELD_OUT))
+    held_out = [] if validation is not None else _tenth(len(pictures))
     kept = sorted(set(range(len(pictures))) - set(held_out))
     shown = Shown(pictures, ViewDraws(view(size), seed=seed), kept, augment)
     classes = _classes(pictures, shown, labeler, labelled, num_classes)
     collate = None
     if mix is not None:
-        collate = SuperMixCollate(labeler, mix=mix, after=after, target=target, seed=seed)
+        own: dict[str, Any] = {"after": after, "unconverged": unconverged, "target": target}
+        collate = SuperMixCollate(labeler, mix=mix, seed=seed, **own)
     order: dict[str, Any] = {"shuffle": True}
     if isinstance(pictures, ShardDataset):  # reads stay local
         order = {"sampler": ShardSampler(shown, seed=seed)}
@@ -154,6 +160,12 @@ def online(
     return TrainingData(
         train, DataLoader(middle, **options), classes, partial(labels_of, pictures, kept)
     )
+
+
+def _tenth(count: int) -> list[int]:
+    """A random tenth of the samples, the same whatever the run's seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return sorted(order[: math.ceil(count / HELD_OUT)].tolist())
 
 
 def _check_same_classes(pictures: Readable, validation: Readable) -> None:

@@ -38,7 +38,9 @@ def evaluate(
     seen: dict[str, list[Tensor]] = defaultdict(list)
     with torch.no_grad():
         for images, targets, *_ in validation:
-            each = {"probs": student(images).float().softmax(dim=1), "labels": targets}
+            with accelerator.autocast():  # whatever of it was prepared
+                logits = student(images)
+            each = {"probs": logits.float().softmax(dim=1), "labels": targets}
             if teacher is not None:
                 each["classes"] = teacher(images).hard
             for name, value in accelerator.gather_for_metrics(each).items():

@@ -7,7 +7,8 @@
 What a batch holds decides what is learned from it: a `MixBatch` (online, or from `replay`) has
 originals, mixes and the teacher's labels of both; of a plain ``(images, labels)`` the teacher is
 asked where its labels are wanted. Runs on any number of processes that Accelerate knows of. Killed,
-it goes on from its last checkpoint, and its weights end up the same.
+it goes on from its last checkpoint, and its weights end up the same if what a data set draws
+depends on the sample and the epoch alone.
 """
 
 import json
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from supermix_transforms.batch import MixBatch
 from supermix_transforms.files import write_atomically
+from supermix_transforms.loader import SuperMixCollate
 from supermix_transforms.results import TeacherLabels
 from supermix_transforms.training.checkpoints import Checkpoint, Progress
 from supermix_transforms.training.evaluation import evaluate
@@ -44,7 +46,7 @@ class DistillSummary:
     agreement: float | None  # with the teacher's class; None without a teacher
     best_top1: float | None
     student_samples: int  # pictures that the student was trained on
-    teacher_calls: float  # forwards and backwards while mixing, of one picture each
+    teacher_calls: float  # forwards and backwards while training, of one picture each
     seconds: dict[str, float]  # data, mixing, training
     process: int = 0  # whose summary this is
     settings: dict[str, Any] = field(default_factory=dict)
@@ -98,8 +100,14 @@ def distill(
 
     Raises:
         ValueError: for batches that hold too little for the settings, a run that was begun with
-            other settings or another student, and a loss that is not finite.
+            other settings, another student, or other batches or processes, and a loss that is not
+            finite.
     """
+    if settings.labels == "teacher" and validation is not None and teacher is None:
+        raise ValueError(
+            'labels="teacher": expected a teacher whose classes the validation is judged by, got '
+            "none. Pass teacher=, or no validation."
+        )
     accelerator = make_accelerator(settings) if accelerator is None else accelerator
     network = Pictured(student, mean, std, hints)
     optimiser = torch.optim.SGD(
@@ -114,16 +122,19 @@ def distill(
     average = _average(judged, settings)
     model, optimiser, train = accelerator.prepare(network, optimiser, train)
     validation = None if validation is None else accelerator.prepare(validation)
+    judged.to(accelerator.device)
     if average is not None:
         average.to(accelerator.device)
+    steps_per_epoch = len(train)
+    steps = settings.epochs * steps_per_epoch
     all_settings = {**asdict(settings), **(described or {})}
+    # with another order of batches a step's number would say nothing
+    order = {"batches_an_epoch": steps_per_epoch, "processes": accelerator.num_processes}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     scaler = accelerator.scaler  # of fp16
-    checkpoint = Checkpoint(folder, network, optimiser, average, all_settings, scaler)
+    checkpoint = Checkpoint(folder, network, optimiser, average, all_settings | order, scaler)
     progress = checkpoint.load()
-    steps_per_epoch = len(train)
-    steps = settings.epochs * steps_per_epoch
 
     begun, saved = (progress.step, time.perf_counter()), progress.step
 
@@ -139,7 +150,7 @@ def distill(
             # what a step draws depends on its number alone, so that it can be made again
             torch.manual_seed(hash((settings.seed, progress.step, accelerator.process_index)))
             start = time.perf_counter()
-            if isinstance(batch, MixBatch):
+            if isinstance(batch, MixBatch) and settings.mixes_batches:
                 batch.mix()  # here, to be timed
             mixed = time.perf_counter()
             for group in optimiser.param_groups:
@@ -153,7 +164,7 @@ def distill(
                 average.update_parameters(judged)
             total = loss.detach() + total
             progress.samples += samples * accelerator.num_processes
-            progress.calls += _calls(batch) * accelerator.num_processes
+            progress.calls += _calls(batch, settings) * accelerator.num_processes
             progress.step += 1
             progress.batch += 1
             progress.seconds["mixing"] += mixed - start
@@ -179,9 +190,10 @@ def distill(
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
         accelerator.log(entry, step=progress.step)
+        better = entry.get("top1", -1.0) > progress.best
+        progress.best = max(entry.get("top1", -1.0), progress.best)
         if accelerator.is_main_process:
-            if entry.get("top1", -1.0) > progress.best:
-                progress.best = entry["top1"]
+            if better:
                 checkpoint.save_best()
             write_atomically(folder / "history.json", json.dumps(progress.history).encode())
             show(_line(entry, settings.epochs, _seconds_left(progress.step, steps, *begun)))
@@ -197,9 +209,11 @@ def distill(
 # -- parts of the loop ----------------------------------------------------------------------------
 
 
-def _calls(batch: Any) -> float:
+def _calls(batch: Any, settings: DistillSettings) -> float:
     """Forwards and backwards of the teacher that a batch took, in pictures."""
-    return batch.calls if isinstance(batch, MixBatch) else 0.0
+    if isinstance(batch, MixBatch):
+        return batch.calls if settings.mixes_batches else 0.0
+    return len(batch[0]) if settings.asks_teacher else 0.0
 
 
 def _timed(batches: Any, progress: Progress) -> Iterator[Any]:
@@ -218,7 +232,11 @@ def _rest(train: Any, done: int) -> Any:
     """The batches of an epoch after the first `done`."""
     from accelerate import skip_first_batches
 
-    return skip_first_batches(train, done) if done else train
+    if done == 0:
+        return train
+    if isinstance(train.collate_fn, SuperMixCollate):
+        train.collate_fn.take_short()  # the first batch to come may be the epoch's last
+    return skip_first_batches(train, done)
 
 
 def _set_epoch(train: Any, epoch: int) -> None:

@@ -46,6 +46,15 @@ class Pictured(nn.Module):
             numbers = None if value is None else torch.tensor(value)[:, None, None]
             self.register_buffer(name, numbers, persistent=False)
 
+    @property
+    def normalisation(self) -> dict[str, list[float] | None]:
+        """Mean and std of each channel in 0..1, or None."""
+        buffers = {"mean": self._mean, "std": self._std}
+        return {
+            name: None if value is None else [round(each, 6) for each in value.flatten().tolist()]
+            for name, value in buffers.items()
+        }
+
     def forward(self, images: Tensor, hinted: tuple[int, Tensor | None] | None = None) -> Any:
         """Logits; with `hinted`, how many originals there are and their places, a loss as well."""
         if images.dtype == torch.uint8:
@@ -139,9 +148,8 @@ def _originals(
     """Pictures, their labels, and, where the settings want them, the teacher's."""
     mixes = isinstance(batch, MixBatch)
     images, labels = (batch.images, batch.labels) if mixes else (batch[0], batch[1])
-    known = batch.teacher if mixes else None
-    wanted = settings.kd != "none" or settings.labels == "teacher"
-    if wanted and known is None:
+    known = batch.teacher if mixes and settings.mixes_batches else None
+    if settings.asks_teacher and known is None:
         if teacher is None:
             raise ValueError(
                 f"distill: kd={settings.kd!r} and labels={settings.labels!r} need the teacher's "

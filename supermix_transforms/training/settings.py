@@ -63,6 +63,16 @@ class DistillSettings:
         if self.kd not in ("none", "originals", "both"):
             raise ValueError(f'kd: expected "none", "originals" or "both", got {self.kd!r}.')
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's labels of originals are wanted."""
+        return self.kd != "none" or self.labels == "teacher"
+
+    @property
+    def mixes_batches(self) -> bool:
+        """Whether anything of a batch's mixes is used: they themselves, or their teacher."""
+        return self.learn == "both" or self.asks_teacher
+
     def rate(self, step: int, steps: int, steps_per_epoch: int) -> float:
         """The learning rate of a step of all `steps`."""
         warmup = min(self.warmup_epochs * steps_per_epoch, steps / 10)
