@@ -66,7 +66,7 @@ def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, ca
 
 def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work, capsys):
     (policy,) = run(
-        script("table1"), monkeypatch, data, work, *SMALL, "--methods", "fast-autoaugment-cifar10"
+        script("table1"), monkeypatch, data, work, *SMALL, "--methods", "pba-cifar10+cutout"
     )
     assert (policy["teacher"], policy["student"]) == ("resnet20", "resnet20")
     assert policy["student_samples"] == 1000

@@ -37,6 +37,21 @@ def test_a_policy_changes_pictures_and_keeps_size_and_type(name):
     assert all(torch.equal(image, picture(seed)) for seed, image in enumerate(images))
 
 
+@pytest.mark.parametrize("name", ["pba-cifar10", "cutout"])
+def test_a_cutout_may_follow_and_both_are_told_the_epoch(name):
+    policy = load_policy(f"{name}+cutout", epochs=4)
+    first, last = policy.transforms
+    policy.set_epoch(3)
+    alone = load_policy(name, epochs=4)
+    alone.set_epoch(3)
+    assert first._phase == alone._phase
+    torch.manual_seed(0)
+    result = policy(picture())
+    torch.manual_seed(0)
+    assert torch.equal(result, last(alone(picture())))
+    assert not torch.equal(result, picture())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_torchs_generator_alone_decides(name):
     policy = load_policy(name)

@@ -116,7 +116,11 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
     **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
     # cropped and flipped once more, and labelled as they are then
     "after-soft": {"online": True, "after": VIEW, "target": "soft"},
-    **{name: {"augment": name, "learn": "originals"} for name in (*POLICIES, *FILES)},
+    **{
+        name + end: {"augment": name + end, "learn": "originals"}
+        for name in (*POLICIES, *FILES)
+        for end in ("", "+cutout")
+    },
 }
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet(3, classes=100, project=True),

@@ -92,7 +92,7 @@ def _data_options(group: Any) -> None:
     add(
         "--augment",
         metavar="NAME|FILE.json",
-        help="after the view, before mixing: randaugment, autoaugment-cifar10, cutout, ...",
+        help="after the view, before mixing: randaugment, autoaugment-cifar10+cutout, ...",
     )
     add("--num-workers", type=int, default=0, help="processes that read pictures")
 

@@ -152,6 +152,16 @@ class Policy:
         return image
 
 
+class Chain(v2.Compose):
+    """Augmentations one after the other, each of which is told the epoch if it wants to know."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """As of `Policy`."""
+        for step in self.transforms:
+            if callable(told := getattr(step, "set_epoch", None)):
+                told(epoch)
+
+
 POLICIES: dict[str, Callable[[], Callable[[Any], Any]]] = {
     "autoaugment-cifar10": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=GREY),
     "autoaugment-imagenet": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=GREY),
@@ -160,6 +170,7 @@ POLICIES: dict[str, Callable[[], Callable[[Any], Any]]] = {
     "trivialaugment": lambda: v2.TrivialAugmentWide(fill=GREY),
 }
 FILES = ("fast-autoaugment-cifar10", "pba-cifar10")
+WITH_CUTOUT = "+cutout"
 
 
 def load_policy(name: str | Path, *, epochs: int | None = None) -> Callable[[Any], Any]:
@@ -169,11 +180,15 @@ def load_policy(name: str | Path, *, epochs: int | None = None) -> Callable[[Any
         name: "cutout" (half the side); torchvision's "autoaugment-cifar10", "autoaugment-imagenet",
             "randaugment" and "trivialaugment"; "fast-autoaugment-cifar10" (Lim et al., 2019) and
             "pba-cifar10" (Ho et al., 2019) with their published numbers; or a file of a `Policy`.
+            With "+cutout" behind the name a cutout follows, as in these papers' CIFAR figures.
         epochs: of the training, for a policy that changes in its course.
 
     Raises:
         ValueError: for another name, and a file that is not there or holds something else.
     """
+    if str(name).endswith(WITH_CUTOUT):
+        first = load_policy(str(name).removesuffix(WITH_CUTOUT), epochs=epochs)
+        return Chain([first, POLICIES["cutout"]()])
     if str(name) in POLICIES:
         return POLICIES[str(name)]()
     if str(name) in FILES:
