@@ -7,7 +7,8 @@ them is in CLAIMS. Panels a and b are `size`, c and d `alpha`, e and f `k`, h `l
 paper's solver, whose penalty it is; the fast one projects to a sparsity instead). Panel g is k on
 ImageNet: the rows supermix and supermix-3 of table4.py.
 
-As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test. A small setting:
+As long as the paper's: --steps 234000 --seeds 0 1 2 3 --test, 31 hours a run on one core as in
+table1.py. A small setting:
 
     python examples/paper/figure6.py --panel k --data ../shared/data --work students/ \\
         --pictures 2000 --mixes 2000 --steps 32

@@ -4,7 +4,8 @@
         --sets supermix-2000 cutmix-2000
 
 Reads recipes of the ResNet-56 that students.py has made. The ResNet-20 beside the pictures, which
-had no part in them and was trained on the same pictures, looks at 2,000 mixes of each set.
+had no part in them and was trained on the same pictures, looks at 2,000 mixes of each set; for sets
+of the ResNet-20, call it with --judge resnet56.
 """
 
 import argparse
@@ -71,12 +72,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="that of students.py")
     parser.add_argument("--sets", nargs="+", required=True, help="folders of recipes in it")
+    parser.add_argument("--judge", choices=("resnet20", "resnet56"), default="resnet20")
     options = parser.parse_args()
-    judge = cifar_teacher(options.data, "cifar100", net="resnet20")
+    judge = cifar_teacher(options.data, "cifar100", net=options.judge)
     result = {}
     for name in options.sets:
         shards = sorted((options.work / "shards-1000").glob("train-*.tar"))
-        dataset = ShardDataset(shards[: int(name.split("-")[1]) // 1000])
+        count = next(int(part) for part in name.split("-") if part.isdigit())
+        dataset = ShardDataset(shards[: count // 1000])
         classes = labels_of(dataset, range(len(dataset))).numpy()
         folder = options.work / name
         result[name] = figures_of(folder, classes) | judged(folder, dataset, judge)
