@@ -234,8 +234,9 @@ def _rest(train: Any, done: int) -> Any:
 
     if done == 0:
         return train
-    if isinstance(train.collate_fn, SuperMixCollate):
-        train.collate_fn.take_short()  # the first batch to come may be the epoch's last
+    collate = getattr(train, "collate_fn", None)
+    if isinstance(collate, SuperMixCollate):
+        collate.take_short()  # the first batch to come may be the epoch's last
     return skip_first_batches(train, done)
 
 
