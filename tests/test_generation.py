@@ -25,6 +25,7 @@ from supermix_transforms.commands.generate import print_generated
 from supermix_transforms.data.tarindex import read_members
 from supermix_transforms.offline.inspection import inspect_mixes
 from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.writing import _progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
@@ -477,6 +478,18 @@ def test_a_log_gets_lines_now_and_then(dataset, tmp_path, monkeypatch, capsys):
     found = [re.fullmatch(line, each).groups() for each in lines]
     assert found[:3] == [("1", "10"), ("2", "20"), ("3", "22")]
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_a_log_of_a_run_that_waits_for_others_does_not_guess(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    run(dataset, tmp_path)
+    monkeypatch.setattr("supermix_transforms.offline.writing.LOG_SECONDS", 0.0)
+    with _progress(5, rank=0) as show:
+        for _ in range(2):
+            show(Ledger(tmp_path).entries)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "3 of 5 units, 22 mixes, 0.0 a second, time left unknown"
 
 
 def test_the_rate_that_is_shown_is_of_what_this_run_makes(dataset, tmp_path):

@@ -84,7 +84,8 @@ def test_weights_of_a_torchvision_net_come_back_with_their_classes(tmp_path):
 
 
 def test_weights_of_a_pytorchcv_net_come_back(tmp_path):
-    provider = pytest.importorskip("pytorchcv.model_provider")
+    from pytorchcv import model_provider as provider
+
     net = provider.get_model("resnet20_cifar100").eval()
     torch.save(net.state_dict(), tmp_path / "net.pt")
     teacher = load_teacher("pytorchcv/resnet20_cifar100", weights=tmp_path / "net.pt")

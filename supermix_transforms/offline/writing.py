@@ -258,8 +258,11 @@ def _progress(units: int, rank: int) -> Iterator[Show]:
             progress.update(task, completed=len(entries), description=text)
             if logged and not first:
                 spoken = now
-                left = (units - len(entries)) * mixes / max(1, len(entries)) / max(1e-3, rate)
-                ahead = f"{timedelta(seconds=round(left))} left"
+                left = (units - len(entries)) * mixes / max(1, len(entries))
+                # nothing made by this run yet tells no time
+                ahead = (
+                    f"{timedelta(seconds=round(left / rate))} left" if rate else "time left unknown"
+                )
                 console.print(
                     f"{len(entries):,} of {units:,} units, {text}, {ahead}", soft_wrap=True
                 )

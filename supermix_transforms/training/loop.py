@@ -190,8 +190,8 @@ def distill(
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
         accelerator.log(entry, step=progress.step)
-        better = entry.get("top1", -1.0) > progress.best
-        progress.best = max(entry.get("top1", -1.0), progress.best)
+        top1 = entry.get("top1", -1.0)
+        better, progress.best = top1 > progress.best, max(top1, progress.best)
         if accelerator.is_main_process:
             if better:
                 checkpoint.save_best()
