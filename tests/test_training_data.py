@@ -107,6 +107,18 @@ def test_an_augmentation_is_before_the_mixing(shards):
     assert data.validation.dataset[0][0].max() > 0
 
 
+def test_recipes_keep_their_groups_together_or_are_shuffled(shards, tmp_path):
+    dataset = ShardDataset(shards, transform=VIEWS["random-crop"](16))
+    generate(dataset, labeler(), tmp_path / "recipes", batch_size=5, unit_batches=1)
+    most = []  # groups of five in a batch of five
+    for window in (0, 1000):
+        data = of_recipes(tmp_path / "recipes", dataset, None, window=window, **OPTIONS)
+        batches = [batch.extra["index"].tolist() for batch in data.train]
+        assert sorted(index for batch in batches for index in batch) == list(range(22))
+        most.append(max(len({index // 5 for index in batch}) for batch in batches))
+    assert most[0] <= 3 < most[1]
+
+
 def test_what_comes_after_the_mixing_is_what_the_teacher_labels(shards):
     teacher = labeler()
     options = {"labeler": teacher, "mix": SuperMix(teacher)}

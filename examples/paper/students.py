@@ -112,6 +112,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
+    # of recipes, but not in groups
+    "shuffled-soft": {"set": "supermix", "target": "soft", "window": 1000},
     # SuperMix, mixed while training
     **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
     # cropped and flipped once more, and labelled as they are then
@@ -226,6 +228,7 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH, "target": target}
     if "set" in method:
         folder = recipes_of(case, data, work, train)
+        options["window"] = method.get("window", 0)
         return of_recipes(folder, ShardDataset(train), judged, **options)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     mix: Any = SuperMix(teacher) if "online" in method else None

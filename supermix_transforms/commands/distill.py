@@ -54,7 +54,7 @@ MIXING = ("mix", "k", "alpha", "partners", "unconverged")
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
     *("teacher", "weights", "mean", "std", *MIXING, "recipes", "mixed_shards", "unlabelled"),
-    *("target", "hints", "layers", "student", "student_weights"),
+    *("window", "target", "hints", "layers", "student", "student_weights"),
     *("batch_size", "accumulate", "mixed_precision"),
 )
 
@@ -122,6 +122,7 @@ def _mix_options(group: Any) -> None:
         metavar="TAR|DIR|URL",
         help="other pictures in the place of mixes, which the teacher labels",
     )
+    add("--window", type=int, metavar="GROUPS", help="of recipes, shuffled together; 0 if left out")
     add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
     targets = ("soft", "hard")
     add("--target", choices=targets, default="soft", help="label of mixes; the paper's are hard")
@@ -287,7 +288,9 @@ def _training_data(
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
         _refuse(arguments, "--recipes", ("augment", "view", "size", "num_classes", *MIXING))
-        return of_recipes(arguments.recipes, pictures, validation, **options)
+        window = _given(arguments.window, 0)
+        return of_recipes(arguments.recipes, pictures, validation, window=window, **options)
+    _refuse(arguments, "no --recipes", ("window",))
     augment = None
     if arguments.augment is not None:
         augment = load_policy(arguments.augment, epochs=epochs)

@@ -185,6 +185,7 @@ def of_recipes(
     validation: Readable | None,
     *,
     target: Any = "soft",
+    window: int = 0,
     seed: int = 0,
     **options: Any,
 ) -> TrainingData:
@@ -195,6 +196,8 @@ def of_recipes(
         dataset: the pictures.
         validation: to judge on, or None.
         target: "soft" or "hard", of the mixes.
+        window: groups of recipes that are shuffled together. 0 shuffles the groups and keeps the
+            mixes of each together, which share pictures, so that fewest are decoded.
         seed: of the order.
         **options: of the DataLoader.
 
@@ -202,7 +205,7 @@ def of_recipes(
         ValueError: as `replay`.
     """
     mixes = replay(recipes, dataset, target=target)
-    sampler = ShardSampler(mixes, seed=seed, window=0)
+    sampler = ShardSampler(mixes, seed=seed, window=window)
     train = DataLoader(mixes, sampler=sampler, collate_fn=mixes.collate, **options)
     judged = None
     if validation is not None:
