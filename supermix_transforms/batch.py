@@ -54,7 +54,7 @@ class Mixer(Protocol):
     output: OutputForm
     target: TargetForm
 
-    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> MixResult: ...
+    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor, extra: Any) -> MixResult: ...
 
 
 # Batches that were stacked in a worker carry their mixer's token; the mixer itself, and with it the
@@ -202,7 +202,7 @@ class MixBatch:
     def mix(self) -> "MixBatch":
         """Make the mixes now, unless they are there already. Returns the batch itself."""
         if self._result is None:
-            result = self._owner().mix(self._images, self._labels, self._ids)
+            result = self._owner().mix(self._images, self._labels, self._ids, self.extra)
             self._result = result if self._device is None else result.to(self._device)
         return self
 

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     FOREIGN = 8  # somebody else's transform
     AFTER = 9
     FILES = 10  # the order of a folder's
+    OTHERS = 11  # pictures that take the place of mixes
 
 
 class Draw(NamedTuple):

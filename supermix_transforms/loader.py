@@ -8,6 +8,7 @@ import copy
 import uuid
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from supermix_transforms.batch import (
     register,
 )
 from supermix_transforms.batchmix import BatchMix, tell_epoch
+from supermix_transforms.data.picturesets import OtherPictures
 from supermix_transforms.draws import Draw, Purpose, seeded
 from supermix_transforms.inputs import (
     LabelsGetter,
@@ -100,19 +102,24 @@ class _BatchMixer:
         """Where mixing runs and its results live; None: where the pictures are."""
         return None if self._labeler is None else self._labeler.device
 
-    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> MixResult:
+    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor, extra: Any) -> MixResult:
         """Mix and label pictures (B, C, H, W); results are on the teacher's device."""
         with torch.inference_mode(False), torch.no_grad():
             device = self.device or images.device
             images = check_images(images.to(device))
             if labels is not None:
                 labels = check_labels(labels.to(device), len(images))
-            if self._transform is None:
-                return self._label(images, labels)
-            if isinstance(self._transform, BatchMix):
-                result = self._ours(self._transform, images, labels, ids)
+            transform = self._transform
+            if transform is None:
+                assert self._labeler is not None
+                teacher = label_originals(self._labeler, images, labels)
+                return MixResult(images, labels, teacher, None, None, teacher.probs)
+            if isinstance(transform, OtherPictures):
+                transform = partial(transform, extra=extra)
+            if isinstance(transform, BatchMix):
+                result = self._ours(transform, images, labels, ids)
             else:
-                result = self._foreign(self._transform, images, labels, ids)
+                result = self._foreign(transform, images, labels, ids)
             result = self._finish(result, Draw(self.seed, self.epoch, ids))
             return self._drop(result) if self._unconverged == "drop" else result
 
@@ -153,11 +160,6 @@ class _BatchMixer:
         if targets is not None and targets.ndim == 1:
             targets = None  # it left class indices as they were: those of the originals
         return MixResult(images, labels, None, mixed, None, targets, traced=False)
-
-    def _label(self, images: Tensor, labels: Tensor | None) -> MixResult:
-        assert self._labeler is not None
-        teacher = label_originals(self._labeler, images, labels)
-        return MixResult(images, labels, teacher, None, None, teacher.probs)
 
     def _finish(self, result: MixResult, draw: Draw) -> MixResult:
         """`after=`, and whatever labels the transform has not given."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tars import write_colours, write_shards
 from torchvision.transforms.v2.functional import to_pil_image
 
-from supermix_transforms import __version__
+from supermix_transforms import SolverSettings, SuperMix, __version__
 from supermix_transforms.cli import main
 from supermix_transforms.commands.bench import bench as bench_function
 from supermix_transforms.data.tarindex import index_path
@@ -588,6 +588,23 @@ def test_distill_begins_with_weights_and_keeps_to_its_options(distilling, genera
     assert learned.std == (0.2, 0.2, 0.2)
 
 
+def test_distill_searches_as_it_is_told(distilling, generating, monkeypatch, capsys):
+    made = []
+
+    class Noted(SuperMix):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(options)
+
+    monkeypatch.setattr("supermix_transforms.commands.distill.SuperMix", Noted)
+    teacher = ["--teacher", generating[generating.index("--teacher") + 1], *ONLINE]
+    assert main([*distilling, *teacher, "--method", "sgd", "--mask-size", "4", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["method"], settings["mask_size"]) == ("sgd", 4)
+    assert made[0]["settings"] == SolverSettings(method="sgd", mask_size=4)
+    assert made[0]["partners"] == "random"
+
+
 def test_distill_from_recipes_needs_no_teacher(distilling, generating, capsys):
     assert main(generating) == 0
     recipes = ["--recipes", generating[4]]
@@ -628,10 +645,12 @@ def run_of(distilling, name: str, *options: str) -> list[str]:
         ["--learn", "originals", "--kd", "originals", "--mixed-precision", "bf16"],
         ["--partners", "matched", "--batch-size", "8"],
         ["--mix", "mixup", "--alpha", "0.5", "--target", "hard", "--num-workers", "1"],
+        ["--unlabelled", "photos", "--num-workers", "1"],
     ],
 )
 def test_distill_reads_a_folder(distilling, photos, capsys, options):
     name = options[1]
+    options = [photos[1] if option == "photos" else option for option in options]
     assert main(run_of(distilling, name, *photos, *options)) == 0
     found = json.loads(capsys.readouterr().out)
     pictures = 21 if "originals" in options else 42  # of 24, three are held out
@@ -687,6 +706,7 @@ def test_distill_tells_a_tracker(distilling, photos, capsys):
         (["--recipes", "x", "--augment", "cutout"], "distill: expected no --augment with --rec"),
         (["--recipes", "x", "--num-classes", "9", "--k", "3"], "distill: expected no --num-cl"),
         (["--learn", "originals", "--mix", "mixup"], "distill: expected no --mix with --learn"),
+        (["--recipes", "x", "--method", "paper"], "distill: expected no --method with --recipes"),
         (["--recipes", "x", "--weights", "w.pt"], "distill: expected no --weights with no --teach"),
         (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
         (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),

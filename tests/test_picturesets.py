@@ -1,5 +1,6 @@
 """Folders, torchvision's data sets, views of them, and pictures in the place of mixes."""
 
+import itertools
 import pickle
 import random
 
@@ -9,7 +10,7 @@ import torchvision.datasets
 from colours import NUM_CLASSES, colour_teacher, pictures
 from PIL import Image
 from tars import picture, write_colours
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -196,53 +197,83 @@ def test_an_augmentation_hears_of_epochs():
 
 # -- other pictures in the place of mixes ----------------------------------------------------------
 
-
-def others(labels) -> OtherPictures:
-    class Samples(TensorDataset):
-        def __getitems__(self, rows):
-            return [self[row] for row in rows]
-
-    images = pictures(12, size=(9, 7), seed=8)[0]
-    return OtherPictures(Samples(images, labels))
+OTHERS = pictures(12, size=(9, 7), seed=8)[0]
 
 
-def test_other_pictures_are_labelled_by_the_teacher():
-    images, labels = pictures(6)
-    collate = SuperMixCollate(colour_teacher(), mix=others(torch.zeros(12).long()), target="hard")
-    batch = collate(list(zip(images, labels, strict=True)))
-    assert torch.equal(batch.images, images)
-    known = pictures(12, size=(9, 7), seed=8)[0]
-    rows = [int((known == mixed).all(dim=(1, 2, 3)).nonzero()) for mixed in batch.mixed]
-    assert len(set(rows)) > 1
-    assert torch.equal(batch.targets, torch.tensor(rows) % NUM_CLASSES)
+def beside(labels, collate_of, originals=None, **options):
+    """A loader of six originals, each with one of twelve other pictures, and what it mixes by."""
+    others = OtherPictures(TensorDataset(OTHERS, labels))
+    dataset = others.beside(TensorDataset(*pictures(6)) if originals is None else originals)
+    return DataLoader(dataset, 6, collate_fn=collate_of(others), **options)
+
+
+def rows_of(batch) -> list[int]:
+    return [int((mixed == OTHERS).all(dim=(1, 2, 3)).nonzero()) for mixed in batch.mixed]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_pictures_are_labelled_by_the_teacher(workers):
+    loader = beside(
+        torch.zeros(12).long(),
+        lambda others: SuperMixCollate(colour_teacher(), mix=others, target="hard"),
+        num_workers=workers,
+    )
+    batch = next(iter(loader))
+    assert torch.equal(batch.images, pictures(6)[0])
+    assert torch.equal(batch.targets, torch.tensor(rows_of(batch)) % NUM_CLASSES)
     teacher = TeacherLabeler(colour_teacher())
     assert torch.equal(batch.mixed_teacher.hard, teacher(batch.mixed).hard)
-    again = collate(list(zip(images, labels, strict=True)))
-    assert torch.equal(again.mixed, batch.mixed)
-    collate.set_epoch(1)
-    other = collate(list(zip(images, labels, strict=True)))
-    assert not torch.equal(other.mixed, batch.mixed)
+    assert torch.equal(next(iter(loader)).mixed, batch.mixed)
+
+
+def test_all_other_pictures_are_seen_before_one_is_seen_again():
+    loader = beside(torch.zeros(12).long(), lambda others: SuperMixCollate(None, mix=others))
+    epochs = []
+    for epoch in range(4):
+        loader.dataset.set_epoch(epoch)
+        epochs.append(rows_of(next(iter(loader))))
+    assert sorted(epochs[0] + epochs[1]) == sorted(epochs[2] + epochs[3]) == list(range(12))
+    assert epochs[:2] != epochs[2:]
+    small = OtherPictures(TensorDataset(OTHERS[:4], torch.zeros(4))).beside(loader.dataset)
+    found = [
+        int((small[place][-1].picture == OTHERS).all(dim=(1, 2, 3)).nonzero()) for place in range(6)
+    ]
+    assert sorted(found[:4]) == [0, 1, 2, 3]
 
 
 def test_labels_that_mixes_were_stored_with_are_handed_on():
-    images, labels = pictures(6)
     probs = torch.rand(12, NUM_CLASSES).softmax(dim=1)
-    collate = SuperMixCollate(None, mix=others(probs))
+    loader = beside(probs, lambda others: SuperMixCollate(None, mix=others))
+    batch = next(iter(loader))
+    assert torch.equal(batch.targets, probs[rows_of(batch)])
+
+
+def test_samples_that_are_mappings_have_other_pictures_beside_them():
+    images, labels = pictures(6)
+    samples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
+    loader = beside(torch.zeros(12), lambda others: SuperMixCollate(None, mix=others), samples)
+    batch = next(iter(loader))
+    assert torch.equal(batch.images, images)
+    assert len(set(rows_of(batch))) == 6
+
+
+def test_batches_without_other_pictures_are_an_error():
+    images, labels = pictures(6)
+    collate = SuperMixCollate(None, mix=OtherPictures(TensorDataset(OTHERS)))
     batch = collate(list(zip(images, labels, strict=True)))
-    known = pictures(12, size=(9, 7), seed=8)[0]
-    rows = [int((known == mixed).all(dim=(1, 2, 3)).nonzero()) for mixed in batch.mixed]
-    assert torch.equal(batch.targets, probs[rows])
+    with pytest.raises(ValueError, match="expected samples that bring another picture each"):
+        batch.mix()
 
 
 def test_views_of_other_pictures_change(tmp_path):
     write_colours(tmp_path)
-    dataset = ShardDataset(tmp_path)
-    shown = Shown(dataset, ViewDraws(v2.RandomCrop(16), seed=0), [0])
+    shown = Shown(ShardDataset(tmp_path), ViewDraws(v2.RandomCrop(16), seed=0), [0])
     images, labels = pictures(8, size=(16, 16), dtype=torch.uint8)
-    mix = OtherPictures(shown)
-    torch.manual_seed(0)
-    first, second = mix(images, labels)[0][0], mix(images, labels)[0][0]
-    assert not torch.equal(first, second)
+    dataset = OtherPictures(shown).beside(TensorDataset(images, labels))
+    dataset.set_epoch(0)
+    first = dataset[0][-1].picture
+    dataset.set_epoch(1)
+    assert not torch.equal(first, dataset[0][-1].picture)
 
 
 def test_a_folder_goes_to_workers_that_are_spawned(tmp_path):
@@ -265,5 +296,7 @@ def test_other_pictures_may_be_any_data_set():
         def __getitem__(self, row):
             return torch.full((3, 4, 4), row, dtype=torch.uint8), 0
 
-    images = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
-    assert OtherPictures(Plain())(images).shape == images.shape
+    dataset = OtherPictures(Plain()).beside(TensorDataset(*pictures(5)))
+    assert [int(dataset[place][-1].picture[0, 0, 0]) for place in range(3)] in [
+        list(order) for order in itertools.permutations(range(3))
+    ]

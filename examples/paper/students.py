@@ -85,6 +85,7 @@ SETS: dict[str, dict[str, Any]] = {  # the mixed sets, by what `generate` is ask
     "cutmix": {"mix": "cutmix"},
     "mixup": {"mix": "mixup"},
     "paper": {},  # the paper's solver
+    "paper-drop": {"unconverged": "drop"},  # those of its mixes that converged
     # one thing of "supermix" each, to see what makes a mix teach
     "start": {"settings": SolverSettings(max_steps=0)},  # no step after the surrogate's masks
     "coarse": {"settings": SolverSettings(mask_size=8)},  # cells of 4 pixels instead of 2
@@ -112,8 +113,12 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
-    # of recipes, but not in groups
-    "shuffled-soft": {"set": "supermix", "target": "soft", "window": 1000},
+    # of recipes, but not group by group
+    **{
+        f"{name}-soft": {"set": "supermix", "target": "soft", "window": groups}
+        for name, groups in (("window2", 2), ("window10", 10), ("shuffled", 1000))
+    },
+    "shuffled-cutmix-soft": {"set": "cutmix", "target": "soft", "window": 1000},
     # SuperMix, mixed while training
     **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
     # cropped and flipped once more, and labelled as they are then
@@ -185,7 +190,7 @@ def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     """The folder of a mixed set; made, or gone on with, if it is not whole."""
     name = METHODS[case.method]["set"]
     options = {"k": case.k, "alpha": case.alpha} | SETS[name]
-    if name == "paper":
+    if name.startswith("paper"):
         options["settings"] = SolverSettings(method="paper", lambda_s=case.lambda_s)
     plain = asdict(Case(case.method, pictures=case.pictures))
     others = {  # what is not as ever

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from supermix_transforms.charts import training_curves
+from supermix_transforms.commands.options import search_options
 from supermix_transforms.data.policies import load_policy
 from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.data.views import VIEWS
@@ -21,6 +22,7 @@ from supermix_transforms.demo import named_labeler
 from supermix_transforms.files import write_atomically
 from supermix_transforms.models import load_student, load_teacher
 from supermix_transforms.offline.generation import process_state
+from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.training import MODERN, PAPER, DistillSummary, distill, make_accelerator
 from supermix_transforms.training.data import (
@@ -50,7 +52,8 @@ and started again, it goes on."""
 
 VIEW = "random-resized-crop"
 # what is asked of mixes that are made while training
-MIXING = ("mix", "k", "alpha", "partners", "unconverged")
+SEARCH = ("method", "partners", "mask_size")  # of supermix
+MIXING = ("mix", "k", "alpha", *SEARCH, "unconverged")
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
     *("teacher", "weights", "mean", "std", *MIXING, "recipes", "mixed_shards", "unlabelled"),
@@ -107,7 +110,7 @@ def _mix_options(group: Any) -> None:
     add("--mix", choices=mixes, help="while training; supermix, if left out")
     add("--k", type=int, help="pictures a mix, 2 if left out")
     add("--alpha", type=float, help="of the weights; 3 for supermix, 1 for the others")
-    add("--partners", choices=("random", "matched"), help="of supermix; random, if left out")
+    search_options(group, defaults=False)
     add(
         "--unconverged",
         choices=("keep", "drop", "redraw"),
@@ -336,9 +339,12 @@ def _mix_of(
         options = {
             "partners": arguments.partners or "random",
             "alpha": _given(arguments.alpha, 3.0),
+            "settings": SolverSettings(
+                method=arguments.method or "fast", mask_size=arguments.mask_size
+            ),
         }
         return SuperMix(labeler, k=k, **options), None
-    _refuse(arguments, f"--mix {arguments.mix}", ("partners",))
+    _refuse(arguments, f"--mix {arguments.mix}", SEARCH)
     kind = {"mixup": MixUp, "cutmix": CutMix}[arguments.mix]
     return kind(k=k, alpha=_given(arguments.alpha, 1.0), teacher=labeler), None
 

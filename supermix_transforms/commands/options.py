@@ -70,15 +70,23 @@ def teacher_options(
     add("--device", help="cpu, cuda, ...; a GPU, if there is one")
 
 
-def search_options(command: argparse.ArgumentParser) -> None:
+def search_options(command: Any, *, defaults: bool = True) -> None:
+    """Of SuperMix: of a command, or of a group of its options; None without `defaults`."""
     add = command.add_argument
     methods = get_args(get_type_hints(SolverSettings)["method"])
-    add("--method", choices=methods, default="fast", help="how masks are searched for")
+    method, partners = ("fast", "random") if defaults else (None, None)
+    end = "" if defaults else "; {}, if left out"
+    add(
+        "--method",
+        choices=methods,
+        default=method,
+        help="how masks are searched for" + end.format("fast"),
+    )
     add(
         "--partners",
         choices=("random", "matched"),
-        default="random",
-        help="matched: pictures that the teacher's class maps say mix well",
+        default=partners,
+        help="matched: pictures that the teacher's class maps say mix well" + end.format("random"),
     )
     add(
         "--mask-size",

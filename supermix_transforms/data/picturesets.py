@@ -3,10 +3,13 @@
 import bisect
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torchvision.datasets
 from torch import Tensor
@@ -15,12 +18,14 @@ from torch.utils.data import Dataset
 from supermix_transforms.data.pictures import SUFFIXES, read_picture
 from supermix_transforms.data.shards import check_some
 from supermix_transforms.data.views import ViewDraws
-from supermix_transforms.draws import Draw, Purpose, seeded
+from supermix_transforms.draws import Draw, Purpose, generator, seeded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "Beside",
+    "Other",
     "OtherPictures",
     "PictureSet",
     "Readable",
@@ -231,8 +236,59 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
         return samples
 
 
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+
+class Other(NamedTuple):
+    """A picture beside a sample."""
+
+    picture: Tensor  # (C, H, W)
+    probs: Tensor  # (N,), or (0,) where it brings no label
+
+
+class Beside(Dataset[Any]):
+    """Samples with an `Other` picture each, as a last field, or as "other" of a mapping.
+
+    Each epoch goes on in the order of the other pictures where the last one stopped, so that all
+    are seen equally often. It depends on seed, epoch and place alone, as `Shown` does.
+
+    Args:
+        dataset: the samples.
+        pictures, seed: as for `OtherPictures`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], pictures: Dataset[Any], seed: int) -> None:
+        self._dataset: Any = dataset
+        self._pictures: Any = pictures
+        self._seed, self._epoch = seed, 0
+        self.lengths: list[int] = getattr(dataset, "lengths", [len(self)])
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        for part in (self._dataset, self._pictures):
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[Any]:
+        count = len(self._pictures)
+        turns = [divmod(self._epoch * len(self) + place, count) for place in places]
+        rows = [int(_order(self._seed, turn, count)[at]) for turn, at in turns]
+        samples = zip(_samples(self._dataset, places), _samples(self._pictures, rows), strict=False)
+        return [_joined(sample, other) for sample, other in samples]
+
+
 class OtherPictures:
     """A ``mix=`` for `SuperMixCollate`: other pictures beside the originals, in the place of mixes.
+
+        others = OtherPictures(unlabelled)
+        collate = SuperMixCollate(teacher, mix=others)
+        loader = DataLoader(others.beside(dataset), 128, num_workers=8, collate_fn=collate)
 
     The paper's baseline of unlabelled pictures (Tables 2 and 3, "ImgNet32"): the teacher labels
     them. Of mixes that were written as shards they bring their own labels.
@@ -240,22 +296,49 @@ class OtherPictures:
     Args:
         pictures: samples ``(picture, label, ...)``, uint8 tensors (C, H, W) of the originals' size.
             A label that is a tensor of probabilities (N,) is handed on; another is not.
+        seed: of their order.
     """
 
-    def __init__(self, pictures: Dataset[Any]) -> None:
-        self._pictures = pictures
+    def __init__(self, pictures: Dataset[Any], *, seed: int = 0) -> None:
+        self._pictures, self._seed = pictures, seed
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Any:
-        """As many pictures as there are originals, drawn by torch's global generator."""
-        pictures: Any = self._pictures
-        rows = torch.randint(len(pictures), (len(images),)).tolist()
-        if hasattr(pictures, "set_epoch"):
-            pictures.set_epoch(int(torch.randint(1 << 31, ())))  # another view each time
-        at_once = getattr(pictures, "__getitems__", None)
-        samples = at_once(rows) if at_once else [pictures[row] for row in rows]
-        found = torch.stack([sample[0] for sample in samples]).to(images)
+    def beside(self, dataset: Dataset[Any]) -> Beside:
+        """The samples of `dataset`, each with one of these pictures, read by the same worker."""
+        return Beside(dataset, self._pictures, self._seed)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor | None = None, *, extra: Mapping[Any, Any] = NOTHING
+    ) -> Any:
+        """The pictures that came with a batch; `extra` is what else its samples held.
+
+        Raises:
+            ValueError: for a batch that is not of `beside`.
+        """
+        found = next((part for part in extra.values() if isinstance(part, Other)), None)
+        if found is None:
+            raise ValueError(
+                "OtherPictures: expected samples that bring another picture each, got a batch "
+                "without. Give the loader others.beside(dataset), and its collate mix=others."
+            )
+        pictures = found.picture.to(images)
         if labels is None:
-            return found
-        targets = [sample[1] for sample in samples]
-        soft = all(isinstance(target, Tensor) and target.ndim == 1 for target in targets)
-        return found, torch.stack(targets).to(images.device) if soft else labels
+            return pictures
+        return pictures, found.probs.to(images.device) if found.probs.numel() else labels
+
+
+@lru_cache(maxsize=4)  # turns that a batch is of, as a rule
+def _order(seed: int, turn: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    draw = Draw(seed, turn, torch.empty(0, dtype=torch.int64))
+    return generator(draw, (), Purpose.OTHERS).permutation(count)
+
+
+def _samples(dataset: Any, places: Sequence[int]) -> Sequence[Any]:
+    at_once = getattr(dataset, "__getitems__", None)
+    return at_once(places) if at_once else [dataset[place] for place in places]
+
+
+def _joined(sample: Any, other: Any) -> Any:
+    picture, label = other[:2]
+    soft = isinstance(label, Tensor) and label.ndim == 1
+    beside = Other(picture, label if soft else torch.empty(0))
+    return {**sample, "other": beside} if isinstance(sample, dict) else (*sample, beside)

@@ -317,7 +317,7 @@ class _Replayed:
     output: OutputForm
     target: TargetForm
 
-    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor) -> MixResult:
+    def mix(self, images: Tensor, labels: Tensor | None, ids: Tensor, extra: Any) -> MixResult:
         raise AssertionError("a replayed batch holds its mixes")
 
 

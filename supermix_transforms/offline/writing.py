@@ -151,7 +151,7 @@ class Run:
         images, index = batch["image"], batch["index"]
         self._mixer.set_epoch(epoch)
         # labels are not asked for: the teacher's are stored
-        result = self._mixer.mix(images, None, identities(images, index.tolist()))
+        result = self._mixer.mix(images, None, identities(images, index.tolist()), {})
         return MadeBatch(result, index, batch["crop"], epoch)
 
     def _finish(self, unit: str, made: list[Any], outcomes: Tensor) -> None:

@@ -140,8 +140,9 @@ def online(
     """
     held_out = [] if validation is not None else _tenth(len(pictures))
     kept = sorted(set(range(len(pictures))) - set(held_out))
-    shown = Shown(pictures, ViewDraws(view(size), seed=seed), kept, augment)
-    classes = _classes(pictures, shown, labeler, labelled, num_classes)
+    views = Shown(pictures, ViewDraws(view(size), seed=seed), kept, augment)
+    classes = _classes(pictures, views, labeler, labelled, num_classes)
+    shown = mix.beside(views) if isinstance(mix, OtherPictures) else views
     collate = None
     if mix is not None:
         own: dict[str, Any] = {"after": after, "unconverged": unconverged, "target": target}
@@ -252,7 +253,8 @@ def other_pictures(
         pictures = open_folder(folder)
     else:
         pictures = ShardDataset(list(words), labels=_unread, cache_dir=cache_dir)
-    return OtherPictures(Shown(pictures, ViewDraws(view, seed=seed), range(len(pictures))))
+    shown = Shown(pictures, ViewDraws(view, seed=seed), range(len(pictures)))
+    return OtherPictures(shown, seed=seed)
 
 
 def _unread(members: Mapping[str, bytes]) -> int:
