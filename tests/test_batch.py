@@ -282,7 +282,7 @@ class Halver:
         self.output, self.target, self.mixes, self.calls = output, target, mixes, 0
         self.error = None
 
-    def mix(self, images, labels, ids):
+    def mix(self, images, labels, ids, extra):
         self.calls += 1
         if self.error is not None:
             raise self.error

@@ -22,9 +22,8 @@ from supermix_transforms import (
     mix_images,
     replay,
 )
-from supermix_transforms.offline import forms
+from supermix_transforms.offline import forms, replaying
 from supermix_transforms.offline.recipes import RecipeReader
-from supermix_transforms.offline.replaying import KEPT
 from supermix_transforms.offline.stored import part_of, parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -389,13 +388,14 @@ def test_a_shuffled_batch_holds_four_groups_at_most(usual, monkeypatch, output):
         return mixes.collate(batch)
 
     monkeypatch.setattr(RecipeReader, "group", watch)
+    monkeypatch.setattr(replaying, "KEPT", 4)
     mixes = usual.replay(output=output)
     every = len(mixes)
     batches = list(DataLoader(mixes, every, shuffle=True, collate_fn=collate))
     count()
     assert len(batches) == 1
     assert len(groups) == len(mixes.lengths) == 10
-    assert max(most) == KEPT == 4
+    assert max(most) == 4
 
 
 def test_a_part_of_a_group_has_the_records_of_its_mixes(made):

@@ -138,7 +138,8 @@ def steps(data: Path, shards: list[Path], recipes: Path, workers: int) -> dict[s
 
     loaders = {
         "CutMix": of(dataset, with_cutmix),
-        "replay": of(mixes, mixes.collate, window=0),
+        "replay": of(mixes, mixes.collate),
+        "replay by groups": of(mixes, mixes.collate, window=0),
         "online": of(dataset, collate),
     }
     student = Student()
@@ -162,6 +163,7 @@ def steps(data: Path, shards: list[Path], recipes: Path, workers: int) -> dict[s
         "ms_a_step": {name: round(1000 * value) for name, value in each.items()},
         "pictures_a_second": {name: round(pictures / value) for name, value in each.items()},
         "replay_by_cutmix": round(each["CutMix"] / each["replay"], 3),
+        "by_groups_by_cutmix": round(each["CutMix"] / each["replay by groups"], 3),
         "mixing_ms_a_step": round(1000 * (each["online"] - each["CutMix"])),
     }
 

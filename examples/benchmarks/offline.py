@@ -206,10 +206,12 @@ def replaying(shards: Path, folder: Path, workers: int) -> dict[str, Any]:
         )
     }
     for output in ("tuple", "concat", "batch"):
-        mixes = replay(folder / "recipes", ShardDataset(shards), output=output)
-        loaders[f"replay, {output}"] = DataLoader(
-            mixes, sampler=ShardSampler(mixes, window=0), collate_fn=mixes.collate, **options
-        )
+        for order, window in (("", 16), (", by groups", 0)):
+            mixes = replay(folder / "recipes", ShardDataset(shards), output=output)
+            sampler = ShardSampler(mixes, window=window)
+            loaders[f"replay, {output}{order}"] = DataLoader(
+                mixes, sampler=sampler, collate_fn=mixes.collate, **options
+            )
     return in_turns(
         len(dataset), {name: (lambda loader=loader: loader) for name, loader in loaders.items()}
     )

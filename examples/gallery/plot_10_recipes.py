@@ -44,7 +44,7 @@ print(f"{summary.mixes} mixes, {summary.converged} converged, {summary.bytes} by
 # Read in every epoch, by workers too; ``mixes.collate`` gives a MixBatch as the collate does.
 
 mixes = replay(folder / "recipes", photos)
-sampler = ShardSampler(mixes, window=0)
+sampler = ShardSampler(mixes)
 seen = [batch.mixed for batch in DataLoader(mixes, 5, sampler=sampler, collate_fn=mixes.collate)]
 
 plt.figure(figsize=(9, 3.8))

@@ -113,12 +113,6 @@ METHODS: dict[str, dict[str, Any]] = {  # the set that is read, and what is lear
         f"unlabelled-hard{'-kd' if kd == 'both' else ''}": {"unlabelled": True, "kd": kd}
         for kd in ("none", "both")
     },
-    # of recipes, but not group by group
-    **{
-        f"{name}-soft": {"set": "supermix", "target": "soft", "window": groups}
-        for name, groups in (("window2", 2), ("window10", 10), ("shuffled", 1000))
-    },
-    "shuffled-cutmix-soft": {"set": "cutmix", "target": "soft", "window": 1000},
     # SuperMix, mixed while training
     **{f"online-{target}": {"online": True, "target": target} for target in ("hard", "soft")},
     # cropped and flipped once more, and labelled as they are then
@@ -153,6 +147,7 @@ class Case:
     alpha: float | None = None  # the method's own
     mixes: int = MIXES  # in all
     lambda_s: float = 25.0  # of the paper's solver
+    window: int = 16  # groups of recipes that are shuffled together
     test: bool = False  # measured on the test set, without training
 
     @property
@@ -233,8 +228,7 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH, "target": target}
     if "set" in method:
         folder = recipes_of(case, data, work, train)
-        options["window"] = method.get("window", 0)
-        return of_recipes(folder, ShardDataset(train), judged, **options)
+        return of_recipes(folder, ShardDataset(train), judged, window=case.window, **options)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     mix: Any = SuperMix(teacher) if "online" in method else None
     if "unlabelled" in method:
@@ -353,12 +347,14 @@ def table(
     settings: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for result in results:
         setting = tuple(
-            result[name] for name in ("pictures", "steps", "mixes", "teacher", "student", "test")
+            result[name]
+            for name in ("pictures", "steps", "mixes", "teacher", "student", "window", "test")
         )
         methods = settings.setdefault(setting, {})
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
-    for (pictures, steps, mixes, teacher, student, test), methods in settings.items():
+    for (pictures, steps, mixes, teacher, student, window, test), methods in settings.items():
         of = f"{pictures:,} pictures, {mixes:,} mixes, {steps:,} steps, {teacher} to {student}"
+        of += f", window {window}"
         yield f"{of}{', test set' if test else ''}"
         others = methods.get(base, {})
         for method, found in methods.items():
@@ -386,6 +382,7 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--steps", type=int, default=2112)
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
+    parser.add_argument("--window", type=int, default=16, help="groups shuffled together, or 0")
     parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
     parser.add_argument("--test", action="store_true", help="measure trained ones on the test set")
     parser.add_argument("--compile", action="store_true", help="the student, by torch.compile")
@@ -401,6 +398,7 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
             options.steps,
             options.pictures,
             mixes=options.mixes,
+            window=options.window,
             test=options.test,
             **{"teacher": options.teacher, **fields},
         )

@@ -125,7 +125,12 @@ def _mix_options(group: Any) -> None:
         metavar="TAR|DIR|URL",
         help="other pictures in the place of mixes, which the teacher labels",
     )
-    add("--window", type=int, metavar="GROUPS", help="of recipes, shuffled together; 0 if left out")
+    add(
+        "--window",
+        type=int,
+        metavar="GROUPS",
+        help="of recipes, shuffled together; 16, if left out",
+    )
     add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
     targets = ("soft", "hard")
     add("--target", choices=targets, default="soft", help="label of mixes; the paper's are hard")
@@ -291,7 +296,7 @@ def _training_data(
         if not isinstance(pictures, ShardDataset):
             raise ValueError("recipes: expected --shards, those that the recipes were made of.")
         _refuse(arguments, "--recipes", ("augment", "view", "size", "num_classes", *MIXING))
-        window = _given(arguments.window, 0)
+        window = _given(arguments.window, 16)
         return of_recipes(arguments.recipes, pictures, validation, window=window, **options)
     _refuse(arguments, "no --recipes", ("window",))
     augment = None

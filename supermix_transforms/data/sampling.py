@@ -29,7 +29,8 @@ class ShardSampler(Sampler[int]):
         dataset: the samples.
         seed: of the order.
         window: shards that are shuffled together; with 0 the shards are shuffled and each keeps
-            the order of its samples, which is what `replay` wants.
+            the order of its samples. Mixes of a group are then decoded in half the time, and teach
+            less, for a batch's mixes are made of the pictures beside them.
         shuffle: without it samples come in the order of the shards.
         rank, num_replicas: of plain distributed training; both or none.
 

@@ -1,12 +1,13 @@
 """Make the mixes of recipes again, without a teacher, in the workers of any DataLoader.
 
     recipes = replay("recipes/", ShardDataset("train-{000000..001281}.tar"))
-    sampler = ShardSampler(recipes, window=0)
+    sampler = ShardSampler(recipes)
     loader = DataLoader(recipes, 256, sampler=sampler, num_workers=8, collate_fn=recipes.collate)
 
-Neighbours share pictures, so a batch of neighbours decodes hardly more pictures than it has mixes.
-A sampler with ``window=0`` shuffles groups and keeps neighbours together. In any order, a process
-has the records of at most `KEPT` groups in memory, and those of a batch's own mixes.
+In any order, a batch decodes each picture once, and a process has the records of at most `KEPT`
+groups in memory, and those of a batch's own mixes. Neighbours share pictures: a sampler with
+``window=0``, which shuffles groups and keeps neighbours together, decodes hardly more pictures than
+there are mixes, others up to k times as many. Such batches teach less (docs/reproduction.md).
 """
 
 from collections import OrderedDict, defaultdict
@@ -31,7 +32,7 @@ from supermix_transforms.results import Mixed, TeacherLabels
 
 __all__ = ["Replay", "ReplayedMix", "open_unit", "replay"]
 
-KEPT = 4  # groups whose records stay in memory
+KEPT = 32  # groups whose records stay in memory: 3 MB, two windows of `ShardSampler`
 SHOWN = 3
 
 

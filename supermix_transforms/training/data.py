@@ -186,7 +186,7 @@ def of_recipes(
     validation: Readable | None,
     *,
     target: Any = "soft",
-    window: int = 0,
+    window: int = 16,
     seed: int = 0,
     **options: Any,
 ) -> TrainingData:
@@ -198,7 +198,8 @@ def of_recipes(
         validation: to judge on, or None.
         target: "soft" or "hard", of the mixes.
         window: groups of recipes that are shuffled together. 0 shuffles the groups and keeps the
-            mixes of each together, which share pictures, so that fewest are decoded.
+            mixes of each together, which share pictures, so that fewest are decoded; they teach
+            less.
         seed: of the order.
         **options: of the DataLoader.
 
