@@ -196,6 +196,7 @@ def test_a_table_has_means_standard_errors_and_paired_differences(script):
         "steps": 9,
         "teacher": "a",
         "student": "b",
+        "window": 16,
         "test": False,
     }
     tops = {"cutmix-hard": {0: 0.2, 1: 0.4}, "supermix-hard": {1: 0.45, 0: 0.21}, "ce": {2: 0.1}}
@@ -204,8 +205,10 @@ def test_a_table_has_means_standard_errors_and_paired_differences(script):
         for method, found in tops.items()
         for seed, top in found.items()
     ]
-    title, *lines = script("students").table(rows)
-    assert title == "2,000 pictures, 4,000 mixes, 9 steps, a to b"
+    table = script("students").table
+    assert sum("window 0" in line for line in table([*rows, rows[0] | {"window": 0}])) == 1
+    title, *lines = table(rows)
+    assert title == "2,000 pictures, 4,000 mixes, 9 steps, a to b, window 16"
     assert [" ".join(line.split()) for line in lines] == [
         "cutmix-hard 30.00 ± 10.00 2 seeds",
         "supermix-hard 33.00 ± 12.00 +3.00 ± 2.00 2 seeds",
