@@ -19,7 +19,7 @@ from supermix_transforms.cli import main
 from supermix_transforms.files import sha256_of
 from supermix_transforms.offline.inspection import inspect_mixes, replay_pictures
 from supermix_transforms.offline.ledger import Ledger
-from supermix_transforms.offline.replaying import open_unit
+from supermix_transforms.offline.reading import open_unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 22

@@ -22,7 +22,7 @@ from supermix_transforms import (
     mix_images,
     replay,
 )
-from supermix_transforms.offline import forms, replaying
+from supermix_transforms.offline import forms, reading
 from supermix_transforms.offline.recipes import RecipeReader
 from supermix_transforms.offline.stored import part_of, parts_of
 
@@ -161,18 +161,44 @@ def test_forms(usual):
         usual.replay(output="list")
 
 
-def test_no_picture_of_a_batch_is_decoded_twice_and_neighbours_share(usual, monkeypatch):
-    mixes = usual.replay()
-    reads = []
+@pytest.fixture
+def reads(monkeypatch):
+    """Samples that are read, and whether their labels are."""
+    found = []
     read = ShardDataset.read
-    monkeypatch.setattr(
-        ShardDataset, "read", lambda self, i, **k: reads.append(i) or read(self, i, **k)
-    )
+
+    def watch(self, index, *, labelled=True):
+        found.append((index, labelled))
+        return read(self, index, labelled=labelled)
+
+    monkeypatch.setattr(ShardDataset, "read", watch)
+    return found
+
+
+def test_no_picture_of_a_batch_is_decoded_twice_and_neighbours_share(usual, reads):
+    mixes = usual.replay()
     mixes.__getitems__(range(10))  # two groups
     assert len(reads) == len(set(reads)) == 10
     reads.clear()
     mixes.__getitems__(range(3))
     assert len(reads) == 4  # of a chain of pairs
+
+
+def test_a_picture_of_two_passes_is_decoded_once_for_both_views(usual, reads):
+    mixes = usual.replay()
+    batch = mixes.collate(mixes.__getitems__(range(2 * COUNT)))
+    assert len(reads) == len(set(reads)) == COUNT
+    for row, (image, _) in enumerate(usual.known(batch)):
+        assert torch.equal(batch.mixed[row], image)
+
+
+@pytest.mark.parametrize("output", ["batch", "concat", "tuple", "dict"])
+def test_only_the_labels_that_are_handed_out_are_read(usual, reads, output):
+    mixes = usual.replay(output=output)
+    mixes.collate(mixes.__getitems__(range(3)))  # of a chain of pairs
+    assert [labelled for _, labelled in reads].count(True) == (
+        3 if output in ("batch", "concat") else 0
+    )
 
 
 def test_a_sampler_shuffles_groups_and_keeps_neighbours(usual):
@@ -317,7 +343,7 @@ def test_a_group_of_which_nothing_can_be_read_does_not_end_the_batch(usual, shar
 
     dataset = ShardDataset(shards, on_error="skip")
     mixes = replay(usual.folder, dataset)
-    group = mixes._group(0)
+    group = mixes._groups[0]
     gone = {dataset.name(int(sample)).rpartition("/")[2] for sample in group.sample}
     read_picture = module.read_picture
 
@@ -388,7 +414,7 @@ def test_a_shuffled_batch_holds_four_groups_at_most(usual, monkeypatch, output):
         return mixes.collate(batch)
 
     monkeypatch.setattr(RecipeReader, "group", watch)
-    monkeypatch.setattr(replaying, "KEPT", 4)
+    monkeypatch.setattr(reading, "KEPT", 4)
     mixes = usual.replay(output=output)
     every = len(mixes)
     batches = list(DataLoader(mixes, every, shuffle=True, collate_fn=collate))
@@ -401,7 +427,7 @@ def test_a_shuffled_batch_holds_four_groups_at_most(usual, monkeypatch, output):
 def test_a_part_of_a_group_has_the_records_of_its_mixes(made):
     mixes = made.replay()
     number = int(np.argmax(mixes.lengths))
-    group, rows = mixes._group(number), [3, 0, 4]
+    group, rows = mixes._groups[number], [3, 0, 4]
     part = part_of(group, rows)
     for row, place in enumerate(rows):
         for name in ("weight", "outcome", "steps", "index", "log_prob", "rest", "kind"):

@@ -136,7 +136,7 @@ def codecs(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from supermix_transforms.offline import recipes
-    from supermix_transforms.offline.replaying import open_unit
+    from supermix_transforms.offline.reading import open_unit
 
     raw = {"format": lzma.FORMAT_RAW, "filters": recipes.FILTERS}
     compressors: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {

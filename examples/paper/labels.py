@@ -22,7 +22,7 @@ from real_data import cifar_teacher
 
 from supermix_transforms import Outcome, ShardDataset, ShardSampler, TeacherLabeler, replay
 from supermix_transforms.data.picturesets import labels_of
-from supermix_transforms.offline.replaying import open_unit
+from supermix_transforms.offline.reading import open_unit
 
 
 def figures_of(folder: Path, classes: np.ndarray) -> dict[str, float]:

@@ -19,8 +19,8 @@ from supermix_transforms.commands.environment import environment
 from supermix_transforms.files import write_atomically
 from supermix_transforms.offline.inspection import inspect_mixes
 from supermix_transforms.offline.ledger import Ledger
+from supermix_transforms.offline.reading import open_unit
 from supermix_transforms.offline.recipes import Group
-from supermix_transforms.offline.replaying import open_unit
 from supermix_transforms.results import Outcome
 
 if TYPE_CHECKING:

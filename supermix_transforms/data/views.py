@@ -108,8 +108,7 @@ class View:
             picture = _functional.resize(picture, list(self.size), mode)
         if flip:
             picture = _functional.horizontal_flip(picture)
-        # by channels: twice as fast as to turn an interleaved array round
-        return np.stack([np.asarray(channel) for channel in picture.split()])
+        return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
 class ViewDraws:

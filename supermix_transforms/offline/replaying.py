@@ -4,14 +4,14 @@
     sampler = ShardSampler(recipes)
     loader = DataLoader(recipes, 256, sampler=sampler, num_workers=8, collate_fn=recipes.collate)
 
-In any order, a batch decodes each picture once, and a process has the records of at most `KEPT`
-groups in memory, and those of a batch's own mixes. Neighbours share pictures: a sampler with
+In any order, a batch decodes each picture once, and a process has the records of a few groups in
+memory (`reading.KEPT`), and those of a batch's own mixes. Neighbours share pictures: a sampler with
 ``window=0``, which shuffles groups and keeps neighbours together, decodes hardly more pictures than
 there are mixes, others up to k times as many. Such batches teach less (docs/reproduction.md).
 """
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,17 +23,17 @@ from torch.utils.data import Dataset, default_collate
 
 from supermix_transforms.batch import MixBatch, MixResult, OutputForm, TargetForm
 from supermix_transforms.data.shards import ShardDataset
-from supermix_transforms.data.views import Crop, View
-from supermix_transforms.offline.ledger import Ledger, fingerprint, versions
-from supermix_transforms.offline.recipes import Array, Group, Kind, RecipeReader, picture_digest
-from supermix_transforms.offline.stored import labels_of, part_of, parts_of, weights_of
+from supermix_transforms.data.views import Crop
+from supermix_transforms.offline.ledger import versions
+from supermix_transforms.offline.reading import RecipeGroups
+from supermix_transforms.offline.recipes import Array, Group, Kind, picture_digest
+from supermix_transforms.offline.stored import joined, labels_of, part_of, parts_of, weights_of
 from supermix_transforms.quantised import LEVELS, STEP, blend_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
-__all__ = ["Replay", "ReplayedMix", "open_unit", "replay"]
+__all__ = ["Replay", "ReplayedMix", "replay"]
 
-KEPT = 32  # groups whose records stay in memory: 3 MB, two windows of `ShardSampler`
-SHOWN = 3
+AT_ONCE = 32  # mixes whose masks are made together: small ones would each pay for the calls
 
 
 class ReplayedMix(NamedTuple):
@@ -43,7 +43,7 @@ class ReplayedMix(NamedTuple):
     image: Tensor  # (3, H, W) uint8, the first of its sources
     label: Any  # of `image`, the data set's; None for output="tuple" and "dict"
     number: int  # of the mix
-    group: Group  # as much of it as the batch needs
+    group: Group  # the records of the batch
     row: int  # there
 
 
@@ -64,23 +64,12 @@ class Replay(Dataset[ReplayedMix]):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {value!r}.")
-        ledger = Ledger(recipes)
-        self.settings: dict[str, Any] = ledger.settings()
-        self._versions = ledger.versions()
-        self._dataset, self._output, self._target = dataset, output, target
-        self._view = self._read_settings(ledger)
-        self._paths: list[Path] = []
-        self._places: list[tuple[int, int]] = []  # unit and number of each group
-        self.lengths: list[int] = []
-        problems = self._open(ledger)
-        if problems and dataset.on_error == "raise":
-            raise ValueError(problems[0])
-        for problem in problems:
-            dataset.skip(problem)
+        self._groups = RecipeGroups(recipes, dataset)
+        self.settings: dict[str, Any] = self._groups.settings
+        self.lengths: list[int] = self._groups.lengths
         self._starts = np.cumsum([0, *self.lengths])
-        if len(self) == 0:
-            raise ValueError(f"recipes: expected mixes in {str(recipes)!r}, got none.")
-        self._kept: OrderedDict[int, Group] = OrderedDict()
+        self._dataset, self._view = dataset, self._groups.view
+        self._output, self._target = output, target
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -97,9 +86,8 @@ class Replay(Dataset[ReplayedMix]):
             ValueError: for recipes that are damaged, pictures that cannot be read or are others
                 than those that were mixed, and a batch of which nothing is left.
         """
-        found: dict[int, ReplayedMix] = {}
-        for number, rows in self._by_group(indices).items():
-            found |= {mix.number: mix for mix in self._mixes(number, rows)}
+        rows = self._by_group(indices)
+        found = {mix.number: mix for mix in self._mixes(rows, self._parts(rows))}
         if not found:
             raise ValueError(
                 f"recipes: expected a batch of {len(indices)} mixes, got none that can be made. "
@@ -132,7 +120,7 @@ class Replay(Dataset[ReplayedMix]):
         batch.hold(self._result(batch, mixed, mixes))
         return batch.form()
 
-    # -- a group ---------------------------------------------------------------------------------
+    # -- records, pictures and mixes of a batch --------------------------------------------------
 
     def _by_group(self, indices: Sequence[int]) -> dict[int, list[int]]:
         """Groups, and the rows of each that are asked for."""
@@ -142,52 +130,58 @@ class Replay(Dataset[ReplayedMix]):
             rows[number].append(int(index - self._starts[number]))
         return rows
 
-    def _mixes(self, number: int, rows: Sequence[int]) -> Iterator[ReplayedMix]:
-        try:
-            group = self._group(number)
-        except ValueError as error:
-            self._leave_out(error, len(rows))
+    def _parts(self, rows: Mapping[int, Sequence[int]]) -> dict[int, Group]:
+        """What is asked for of each group that can be read."""
+        parts: dict[int, Group] = {}
+        for number, asked in rows.items():
+            try:
+                parts[number] = part_of(self._groups[number], asked)
+            except ValueError as error:
+                self._leave_out(error, len(asked))
+        return parts
+
+    def _mixes(
+        self, rows: Mapping[int, Sequence[int]], parts: Mapping[int, Group]
+    ) -> Iterator[ReplayedMix]:
+        if not parts:
             return
-        part = part_of(group, rows)
+        records = joined(list(parts.values()))
+        numbers = [int(self._starts[number]) + row for number in parts for row in rows[number]]
+        firsts = {int(self._starts[number]): number for number in parts}
+        pictures, labels = self._pictures(records)
+        for begin in range(0, len(numbers), AT_ONCE):
+            some = range(begin, min(begin + AT_ONCE, len(numbers)))
+            for row, masks in zip(some, parts_of(records, some, self._view.size), strict=True):
+                sources = records.source[row].tolist()
+                if not all(place in pictures for place in sources):
+                    self._leave_out(ValueError("a picture that it is made of cannot be read"), 1)
+                    continue
+                mixed = blend_parts([pictures[place] for place in sources], masks)
+                number, own = numbers[row], sources[0]
+                if number in firsts:
+                    self._compare(parts[firsts[number]], mixed, firsts[number])
+                image = torch.from_numpy(pictures[own])
+                mix = torch.from_numpy(mixed)
+                yield ReplayedMix(mix, image, labels[own], number, records, row)
+
+    def _pictures(self, records: Group) -> tuple[dict[int, Array], dict[int, Any]]:
+        """By row of the originals: views, and the labels of those that mixes count as their own."""
+        places: dict[int, list[int]] = defaultdict(list)  # of a picture, its views
+        for place, sample in enumerate(records.sample.tolist()):
+            places[sample].append(place)
+        own: set[int] = set()
+        if self._output in ("batch", "concat"):
+            own = set(records.sample[records.source[:, 0]].tolist())
         pictures: dict[int, Array] = {}
         labels: dict[int, Any] = {}
-        place_of = {int(sample): place for place, sample in enumerate(part.sample)}
-        labelled = self._output in ("batch", "concat")
-        for sample, picture, label in self._dataset.readable(list(place_of), labelled=labelled):
-            place = place_of[sample]
-            top, left, height, width = part.crop[place].tolist()
-            crop = Crop(top, left, height, width, int(part.flip[place]))
-            pictures[place] = self._view.cut(self._view.prepare(picture), crop)
-            labels[place] = label
-        masks = parts_of(part, range(len(rows)), self._view.size)
-        for row, (in_group, parts) in enumerate(zip(rows, masks, strict=True)):
-            sources = part.source[row].tolist()
-            if not all(place in pictures for place in sources):
-                self._leave_out(ValueError("a picture that it is made of cannot be read"), 1)
-                continue
-            mixed = blend_parts([pictures[place] for place in sources], parts)
-            if in_group == 0:
-                self._compare(part, mixed, number)
-            own = sources[0]
-            place = int(self._starts[number]) + in_group
-            image = torch.from_numpy(pictures[own])
-            yield ReplayedMix(torch.from_numpy(mixed), image, labels[own], place, part, row)
-
-    def _group(self, number: int) -> Group:
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        if len(self._kept) == KEPT:
-            self._kept.popitem(last=False)
-        unit, place = self._places[number]
-        group = open_unit(self._paths[unit]).group(place)
-        if len(group.sample) and int(group.sample.max()) >= len(self._dataset):
-            raise ValueError(
-                f"recipes: expected samples below {len(self._dataset)}, got "
-                f"{int(group.sample.max())} in {str(self._paths[unit])!r}. Generate it anew."
-            )
-        self._kept[number] = group
-        return group
+        for labelled in (True, False):
+            wanted = [sample for sample in places if (sample in own) == labelled]
+            for sample, picture, label in self._dataset.readable(wanted, labelled=labelled):
+                picture = self._view.prepare(picture)
+                for place in places[sample]:
+                    crop = Crop._make([*records.crop[place].tolist(), int(records.flip[place])])
+                    pictures[place], labels[place] = self._view.cut(picture, crop), label
+        return pictures, labels
 
     def _compare(self, group: Group, mixed: Array, number: int) -> None:
         """The first mix of a group says whether pictures are decoded as they were then."""
@@ -195,81 +189,14 @@ class Replay(Dataset[ReplayedMix]):
             return
         raise ValueError(
             f"recipes: expected the pixels that were generated, got others in group {number}. The "
-            f"recipes were made with {self._versions}, here are {versions()}: a picture is decoded "
-            "or resized otherwise. Install those versions, or generate anew."
+            f"recipes were made with {self._groups.versions}, here are {versions()}: a picture is "
+            "decoded or resized otherwise. Install those versions, or generate anew."
         )
 
     def _leave_out(self, error: ValueError, count: int) -> None:
         if self._dataset.on_error == "raise":
             raise error
         self._dataset.skip(*[str(error)] * count)
-
-    # -- opening ---------------------------------------------------------------------------------
-
-    def _read_settings(self, ledger: Ledger) -> View:
-        """The view, once all else is found to fit."""
-        settings, folder = self.settings, str(ledger.folder)
-        if settings.get("form") != "recipes":
-            raise ValueError(
-                f"recipes: expected a folder of recipes, got {settings.get('form')!r} in "
-                f"{folder!r}. Read mixed shards with webdataset."
-            )
-        if not isinstance(self._dataset, ShardDataset):
-            raise TypeError(
-                f"dataset: expected a ShardDataset of the shards that {folder!r} was made of, "
-                f"got {type(self._dataset).__name__}. Pass ShardDataset(urls)."
-            )
-        known, here = settings.get("shards"), self._dataset.identity
-        if known != here:
-            known = known if isinstance(known, list) else []
-            pairs = zip(here, known, strict=False)
-            other = next((a.get("name") for a, b in pairs if a != b), None)
-            raise ValueError(
-                f"recipes: expected the {len(known)} shards that {folder!r} was made of, got "
-                f"{len(here)}" + ("." if other is None else f", of which {other} differs.") + " "
-                "Open the same shards, in the same order."
-            )
-        try:
-            view = settings["view"]
-            return View(**{**view, "size": tuple(view["size"]), "resize": _tuple(view["resize"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"recipes: expected settings that `supermix generate` wrote, got {folder!r}: "
-                f"{error}. Generate anew."
-            ) from error
-
-    def _open(self, ledger: Ledger) -> list[str]:
-        """Find the groups; what is missing or damaged."""
-        entries = ledger.entries()
-        problems = []
-        units = self.settings.get("units")
-        if len(entries) != units:
-            problems.append(
-                f"recipes: expected {units} units in {str(ledger.folder)!r}, got {len(entries)}. "
-                "Start `supermix generate` with the same options again: it goes on."
-            )
-        expected = fingerprint(self.settings)
-        for _, entry in sorted(entries.items()):
-            try:
-                reader = open_unit(ledger.path(entry))
-                layout, settings = reader.layout, self.settings
-                same = (layout.k, layout.num_classes, (layout.height, layout.width)) == (
-                    settings.get("k"),
-                    settings.get("num_classes"),
-                    self._view.size,
-                )
-                if layout.settings != expected or not same:
-                    raise ValueError(
-                        f"recipes: expected a unit of these settings, got {entry.file!r} of others "
-                        f"in {str(ledger.folder)!r}. Generate into a folder of its own."
-                    )
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            self._places += [(len(self._paths), place) for place in range(len(reader))]
-            self._paths.append(ledger.path(entry))
-            self.lengths += reader.counts
-        return problems
 
     # -- a batch ---------------------------------------------------------------------------------
 
@@ -343,25 +270,6 @@ def replay(
         ValueError: for a folder that is not finished or damaged, and for other shards.
     """
     return Replay(recipes, dataset, output, target)
-
-
-def open_unit(path: Path) -> RecipeReader:
-    """A file of recipes; each group is read when it is asked for.
-
-    Raises:
-        ValueError: as `RecipeReader`.
-    """
-
-    def read(offset: int, size: int) -> bytes:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return RecipeReader(str(path), read, path.stat().st_size)
-
-
-def _tuple(value: Any) -> Any:
-    return None if value is None else tuple(value)
 
 
 def _columns(

@@ -20,7 +20,7 @@ from supermix_transforms.offline.recipes import (
 from supermix_transforms.quantised import LEVELS, exact_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
-__all__ = ["labels_of", "part_of", "parts_of", "to_group", "weights_of"]
+__all__ = ["joined", "labels_of", "part_of", "parts_of", "to_group", "weights_of"]
 
 MOST_STEPS = (1 << 16) - 1
 WHOLE = (1 << 16) - 1  # a weight of 1
@@ -160,6 +160,15 @@ def part_of(group: Group, rows: Sequence[int]) -> Group:
         fields[name] = vars(group)[name][which].copy()
     fields["source"] = places.reshape(len(rows), -1).astype("<u2")
     return Group(**fields)
+
+
+def joined(parts: Sequence[Group]) -> Group:
+    """The records of several groups as one of all their originals and mixes; it has no digest."""
+    fields = {name: np.concatenate([vars(part)[name] for part in parts]) for name in FIELDS}
+    starts = np.cumsum([0, *(len(part.sample) for part in parts[:-1])])
+    # wider than in a file: a batch may hold more
+    sources = [part.source.astype("<u4") + start for part, start in zip(parts, starts, strict=True)]
+    return Group(**{**fields, "source": np.concatenate(sources), "digest": np.empty(0, "u1")})
 
 
 def parts_of(group: Group, rows: Sequence[int], size: tuple[int, int]) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 from supermix_transforms.data.tarindex import make_index, read_members
 from supermix_transforms.offline.ledger import Ledger, UnitEntry, fingerprint
 from supermix_transforms.offline.mixedshards import INFO, info_of
-from supermix_transforms.offline.replaying import open_unit
+from supermix_transforms.offline.reading import open_unit
 from supermix_transforms.results import Outcome
 
 __all__ = ["Plan", "Sums", "info_problems", "look_at_recipes", "look_at_shard"]
