@@ -146,6 +146,28 @@ def test_figure_6_varies_one_thing(script):
     assert [new.lambda_s for new in figure.varied(case, "lambda_s")][2] == 25.0
 
 
+@pytest.mark.parametrize(
+    ("words", "method", "student"),
+    [
+        ([], "mixup-hard", "resnet20"),
+        (["--methods", "cutmix-soft", "--student", "resnet8"], "cutmix-soft", "resnet8"),
+    ],
+)
+def test_figure_6_is_of_the_papers_labels_unless_asked(
+    script, monkeypatch, tmp_path, words, method, student
+):
+    figure = script("figure6")
+    found = []
+    monkeypatch.setattr(figure, "run_all", lambda cases, options, **content: found.extend(cases))
+    words = ["figure6", "--panel", "k", "--work", str(tmp_path), *words]
+    monkeypatch.setattr(sys, "argv", words)
+    figure.main()
+    assert [(case.method, case.student, case.k) for case in found[:3]] == [
+        (method, student, k) for k in (2, 3, 4)
+    ]
+    assert {case.method for case in found} <= {method, "cutmix-hard", "supermix-hard"}
+
+
 def test_figure_7_finds_the_order_of_the_paper(script, monkeypatch, data, tmp_path, capsys):
     out = tmp_path / "figure7.json"
     words = ["figure7", "--data", str(data), "--out", str(out), "--count", "200"]

@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from students import Case, cases_of, parser_of, run_all
+from students import STUDENTS, Case, cases_of, parser_of, run_all
 
-METHODS = ("mixup-hard", "cutmix-hard", "supermix-hard")
+METHODS = ("mixup-hard", "cutmix-hard", "supermix-hard")  # the paper's labels
+SOFT = ("mixup-soft", "cutmix-soft", "supermix-soft")
 VALUES: dict[str, tuple[Any, ...]] = {
     "size": (1, 2, 5, 10),  # times the pictures
     "alpha": (0.1, 0.3, 1.0, 3.0, 10.0),
@@ -43,14 +44,19 @@ def varied(case: Case, panel: str) -> list[Case]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "figure6", METHODS)
+    parser = parser_of(__doc__, "figure6", METHODS + SOFT)
+    parser.add_argument("--student", choices=tuple(STUDENTS), default="resnet20")
     parser.add_argument("--panel", choices=tuple(VALUES), required=True)
-    parser.set_defaults(out=None)  # that of the panel
+    parser.set_defaults(out=None, methods=METHODS)  # out: that of the panel
     options = parser.parse_args()
     options.out = options.out or Path(f"docs/results/figure6-{options.panel}.json")
     if options.panel == "lambda_s":
         options.methods = ["paper-hard"]
-    cases = [new for case in cases_of(options) for new in varied(case, options.panel)]
+    cases = [
+        new
+        for case in cases_of(options, student=options.student)
+        for new in varied(case, options.panel)
+    ]
     run_all(cases, options, command="python examples/paper/figure6.py", paper=CLAIMS)
 
 
