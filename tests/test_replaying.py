@@ -1,5 +1,6 @@
 """Mixes made again without a teacher: the same pixels, the same labels, in any batch."""
 
+import contextlib
 import pickle
 import shutil
 import weakref
@@ -22,6 +23,7 @@ from supermix_transforms import (
     mix_images,
     replay,
 )
+from supermix_transforms.data.shards import UnreadableError
 from supermix_transforms.offline import forms, reading
 from supermix_transforms.offline.recipes import RecipeReader
 from supermix_transforms.offline.stored import part_of, parts_of
@@ -193,12 +195,36 @@ def test_a_picture_of_two_passes_is_decoded_once_for_both_views(usual, reads):
 
 
 @pytest.mark.parametrize("output", ["batch", "concat", "tuple", "dict"])
-def test_only_the_labels_that_are_handed_out_are_read(usual, reads, output):
+def test_labels_are_read_where_they_are_handed_out(usual, reads, output):
     mixes = usual.replay(output=output)
-    mixes.collate(mixes.__getitems__(range(3)))  # of a chain of pairs
-    assert [labelled for _, labelled in reads].count(True) == (
-        3 if output in ("batch", "concat") else 0
-    )
+    mixes.collate(mixes.__getitems__(range(3)))
+    assert {labelled for _, labelled in reads} == {output in ("batch", "concat")}
+
+
+def numbers_of(mixes, batch_size):
+    """The mixes that can be made, read one batch after the other."""
+    for start in range(0, len(mixes), batch_size):
+        with contextlib.suppress(ValueError):  # nothing is left of this batch
+            asked = range(start, min(start + batch_size, len(mixes)))
+            yield from [mix.number for mix in mixes.__getitems__(asked)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 2 * COUNT])
+def test_a_label_that_cannot_be_read_costs_the_same_mixes_in_any_batch(
+    usual, shards, monkeypatch, batch_size
+):
+    label = ShardDataset._label
+
+    def fail(dataset, name, members):
+        if name.startswith("0007 "):
+            raise UnreadableError("a torn label")
+        return label(dataset, name, members)
+
+    monkeypatch.setattr(ShardDataset, "_label", fail)
+    mixes = replay(usual.folder, ShardDataset(shards, on_error="skip"))
+    with pytest.warns(UserWarning, match="skipped: a"):
+        left = list(numbers_of(mixes, batch_size))
+    assert len(left) == 2 * COUNT - 4  # in each pass its own mix, and the one it is the partner of
 
 
 def test_a_sampler_shuffles_groups_and_keeps_neighbours(usual):

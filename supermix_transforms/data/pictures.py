@@ -115,11 +115,10 @@ def read_picture(name: str, content: bytes) -> "Image":
                 f"{image.width} x {image.height} pixels are more than "
                 f"PIL.Image.MAX_IMAGE_PIXELS, {most}"
             )
-        # without copies, which take a tenth of the time
-        ImageOps.exif_transpose(image, in_place=True)
+        ImageOps.exif_transpose(image, in_place=True)  # one copy, below, is enough
         if "transparency" in image.info:  # else Pillow warns
             image = image.convert("RGBA")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     except Exception as error:  # of damaged bytes: struct.error, TypeError, SyntaxError, ...
         reason = str(error).rstrip(".") or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

@@ -123,10 +123,9 @@ class RecipeGroups:
             try:
                 reader = open_unit(ledger.path(entry))
                 layout, settings = reader.layout, self.settings
-                same = (layout.k, layout.num_classes, (layout.height, layout.width)) == (
-                    settings.get("k"),
-                    settings.get("num_classes"),
-                    self.view.size,
+                same = (layout.k, layout.num_classes, layout.top, layout.height, layout.width) == (
+                    *(settings.get(name) for name in ("k", "num_classes", "top")),
+                    *self.view.size,
                 )
                 if layout.settings != expected or not same:
                     raise ValueError(

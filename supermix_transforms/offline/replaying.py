@@ -13,6 +13,7 @@ there are mixes, others up to k times as many. Such batches teach less (docs/rep
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +34,9 @@ from supermix_transforms.results import Mixed, TeacherLabels
 
 __all__ = ["Replay", "ReplayedMix", "replay"]
 
-AT_ONCE = 32  # mixes whose masks are made together: small ones would each pay for the calls
+# mixes whose masks are made together: one by one small ones would pay for the calls, and those of
+# all of a batch would fill the memory
+AT_ONCE = 32
 
 
 class ReplayedMix(NamedTuple):
@@ -165,22 +168,18 @@ class Replay(Dataset[ReplayedMix]):
                 yield ReplayedMix(mix, image, labels[own], number, records, row)
 
     def _pictures(self, records: Group) -> tuple[dict[int, Array], dict[int, Any]]:
-        """By row of the originals: views, and the labels of those that mixes count as their own."""
+        """Views and labels, by row of the originals, of those that can be read."""
         places: dict[int, list[int]] = defaultdict(list)  # of a picture, its views
         for place, sample in enumerate(records.sample.tolist()):
             places[sample].append(place)
-        own: set[int] = set()
-        if self._output in ("batch", "concat"):
-            own = set(records.sample[records.source[:, 0]].tolist())
         pictures: dict[int, Array] = {}
         labels: dict[int, Any] = {}
-        for labelled in (True, False):
-            wanted = [sample for sample in places if (sample in own) == labelled]
-            for sample, picture, label in self._dataset.readable(wanted, labelled=labelled):
-                picture = self._view.prepare(picture)
-                for place in places[sample]:
-                    crop = Crop._make([*records.crop[place].tolist(), int(records.flip[place])])
-                    pictures[place], labels[place] = self._view.cut(picture, crop), label
+        labelled = self._output in ("batch", "concat")
+        for sample, picture, label in self._dataset.readable(list(places), labelled=labelled):
+            picture = self._view.prepare(picture)
+            for place in places[sample]:
+                crop = Crop._make([*records.crop[place].tolist(), int(records.flip[place])])
+                pictures[place], labels[place] = self._view.cut(picture, crop), label
         return pictures, labels
 
     def _compare(self, group: Group, mixed: Array, number: int) -> None:
@@ -220,7 +219,10 @@ class Replay(Dataset[ReplayedMix]):
         if self._output == "batch" and bool((kinds == Kind.LOGITS).all()):
             logits = torch.stack([_mask_logits(mix) for mix in mixes])
         elif self._output == "batch":
-            parts = [parts_of(mix.group, [mix.row], self._view.size) for mix in mixes]
+            parts = [
+                parts_of(group, [mix.row for mix in some], self._view.size)
+                for group, some in groupby(mixes, key=lambda mix: mix.group)
+            ]
             fixed = torch.from_numpy(np.concatenate(parts)) / LEVELS
         result = Mixed(
             images=mixed,

@@ -167,7 +167,9 @@ def joined(parts: Sequence[Group]) -> Group:
     fields = {name: np.concatenate([vars(part)[name] for part in parts]) for name in FIELDS}
     starts = np.cumsum([0, *(len(part.sample) for part in parts[:-1])])
     # wider than in a file: a batch may hold more
-    sources = [part.source.astype("<u4") + start for part, start in zip(parts, starts, strict=True)]
+    sources = [
+        part.source.astype(np.int64) + start for part, start in zip(parts, starts, strict=True)
+    ]
     return Group(**{**fields, "source": np.concatenate(sources), "digest": np.empty(0, "u1")})
 
 
