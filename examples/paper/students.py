@@ -25,6 +25,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -44,6 +45,7 @@ from supermix_transforms import ShardDataset, SolverSettings, SuperMix, TeacherL
 from supermix_transforms.charts import mean_and_error
 from supermix_transforms.data.policies import FILES, POLICIES, load_policy
 from supermix_transforms.files import write_atomically
+from supermix_transforms.offline.replaying import ReplayedMix
 from supermix_transforms.training import (
     PAPER,
     DistillSettings,
@@ -129,8 +131,15 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "shufflenet_v2_x0_5": lambda: _torchvision("shufflenet_v2_x0_5"),
     "mobilenet_v3_small": lambda: _torchvision("mobilenet_v3_small"),
 }
+# What else is done to the order of recipes, to see what in it matters: that of the first epoch in
+# every epoch; or mixes beside the originals of a later batch.
+ORDERS = ("fixed", "apart")
+APART = 3  # batches
 # whose maps stand beside those of the teacher's three, where names differ
 STAGES = {"shufflenet_v2_x0_5": ("stage2:layer1", "stage3:layer2", "stage4:layer3")}
+
+# what runs of one table have in common
+SETTING = ("pictures", "steps", "mixes", "teacher", "student", "window", "order", "test")
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class Case:
     mixes: int = MIXES  # in all
     lambda_s: float = 25.0  # of the paper's solver
     window: int = 16  # groups of recipes that are shuffled together
+    order: str | None = None  # of ORDERS
     test: bool = False  # measured on the test set, without training
 
     @property
@@ -210,6 +220,24 @@ def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     return out
 
 
+def reordered(loaders: TrainingData, order: str | None) -> TrainingData:
+    """With what ORDERS says done to the batches of recipes."""
+    collate: Any = loaders.train.collate_fn
+    past: deque[list[ReplayedMix]] = deque(maxlen=APART + 1)
+
+    def apart(mixes: list[ReplayedMix]) -> Any:
+        past.append(mixes)
+        then = past[0] if len(past[0]) == len(mixes) else mixes
+        pairs = zip(then, mixes, strict=True)
+        return collate([old._replace(image=new.image, label=new.label) for old, new in pairs])
+
+    if order == "fixed":
+        vars(loaders.train.sampler)["set_epoch"] = lambda epoch: None
+    elif order == "apart":
+        loaders.train.collate_fn = apart
+    return loaders
+
+
 def unlabelled_of(data: Path, work: Path) -> list[str]:
     """ImageNet pictures, of 32 pixels when they are read: the paper's ImgNet32, in small."""
     folder = work / "imagenet"
@@ -228,7 +256,8 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     options: dict[str, Any] = {"seed": case.seed, "batch_size": BATCH, "target": target}
     if "set" in method:
         folder = recipes_of(case, data, work, train)
-        return of_recipes(folder, ShardDataset(train), judged, window=case.window, **options)
+        loaders = of_recipes(folder, ShardDataset(train), judged, window=case.window, **options)
+        return reordered(loaders, case.order)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     mix: Any = SuperMix(teacher) if "online" in method else None
     if "unlabelled" in method:
@@ -346,15 +375,13 @@ def table(
     """A line for each method of a setting: top-1 in per cent, less the base's, and the paper's."""
     settings: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for result in results:
-        setting = tuple(
-            result[name]
-            for name in ("pictures", "steps", "mixes", "teacher", "student", "window", "test")
-        )
+        setting = tuple(map(result.get, SETTING))
         methods = settings.setdefault(setting, {})
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
-    for (pictures, steps, mixes, teacher, student, window, test), methods in settings.items():
+    for setting, methods in settings.items():
+        pictures, steps, mixes, teacher, student, window, order, test = setting
         of = f"{pictures:,} pictures, {mixes:,} mixes, {steps:,} steps, {teacher} to {student}"
-        of += f", window {window}"
+        of += f", window {window}" + (f", {order}" if order else "")
         yield f"{of}{', test set' if test else ''}"
         others = methods.get(base, {})
         for method, found in methods.items():
@@ -383,6 +410,7 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
     parser.add_argument("--window", type=int, default=16, help="groups shuffled together, or 0")
+    parser.add_argument("--order", choices=ORDERS, help="what else is done to that of recipes")
     parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
     parser.add_argument("--test", action="store_true", help="measure trained ones on the test set")
     parser.add_argument("--compile", action="store_true", help="the student, by torch.compile")
@@ -399,6 +427,7 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
             options.pictures,
             mixes=options.mixes,
             window=options.window,
+            order=options.order,
             test=options.test,
             **{"teacher": options.teacher, **fields},
         )
