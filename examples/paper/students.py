@@ -131,15 +131,11 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "shufflenet_v2_x0_5": lambda: _torchvision("shufflenet_v2_x0_5"),
     "mobilenet_v3_small": lambda: _torchvision("mobilenet_v3_small"),
 }
-# What else is done to the order of recipes, to see what in it matters: that of the first epoch in
-# every epoch; or mixes beside the originals of a later batch.
-ORDERS = ("fixed", "apart")
-APART = 3  # batches
 # whose maps stand beside those of the teacher's three, where names differ
 STAGES = {"shufflenet_v2_x0_5": ("stage2:layer1", "stage3:layer2", "stage4:layer3")}
 
 # what runs of one table have in common
-SETTING = ("pictures", "steps", "mixes", "teacher", "student", "window", "order", "test")
+SETTING = ("pictures", "steps", "mixes", "teacher", "student", "window", "fixed", "lag", "test")
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,9 @@ class Case:
     mixes: int = MIXES  # in all
     lambda_s: float = 25.0  # of the paper's solver
     window: int = 16  # groups of recipes that are shuffled together
-    order: str | None = None  # of ORDERS
+    # what else may be done to their order, to see what in it matters
+    fixed: bool | None = None  # that of the first epoch in every epoch
+    lag: int | None = None  # mixes beside the originals of so many batches later
     test: bool = False  # measured on the test set, without training
 
     @property
@@ -165,6 +163,8 @@ class Case:
         """Of the run, which is the same whatever it is measured on."""
         parts = asdict(self)
         del parts["test"]
+        for part in ("fixed", "lag"):
+            parts[part] = None if parts[part] is None else f"{part}{parts[part]}"
         return "-".join(str(value) for value in parts.values() if value is not None)
 
 
@@ -220,21 +220,21 @@ def recipes_of(case: Case, data: Path, work: Path, shards: list[Path]) -> Path:
     return out
 
 
-def reordered(loaders: TrainingData, order: str | None) -> TrainingData:
-    """With what ORDERS says done to the batches of recipes."""
+def reordered(loaders: TrainingData, case: Case) -> TrainingData:
+    """With what else is done to the order of recipes."""
     collate: Any = loaders.train.collate_fn
-    past: deque[list[ReplayedMix]] = deque(maxlen=APART + 1)
+    past: deque[list[ReplayedMix]] = deque(maxlen=1 + (case.lag or 0))
 
-    def apart(mixes: list[ReplayedMix]) -> Any:
+    def lagging(mixes: list[ReplayedMix]) -> Any:
         past.append(mixes)
         then = past[0] if len(past[0]) == len(mixes) else mixes
         pairs = zip(then, mixes, strict=True)
         return collate([old._replace(image=new.image, label=new.label) for old, new in pairs])
 
-    if order == "fixed":
+    if case.fixed:
         vars(loaders.train.sampler)["set_epoch"] = lambda epoch: None
-    elif order == "apart":
-        loaders.train.collate_fn = apart
+    if case.lag:
+        loaders.train.collate_fn = lagging
     return loaders
 
 
@@ -257,7 +257,7 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
     if "set" in method:
         folder = recipes_of(case, data, work, train)
         loaders = of_recipes(folder, ShardDataset(train), judged, window=case.window, **options)
-        return reordered(loaders, case.order)
+        return reordered(loaders, case)
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
     mix: Any = SuperMix(teacher) if "online" in method else None
     if "unlabelled" in method:
@@ -379,9 +379,9 @@ def table(
         methods = settings.setdefault(setting, {})
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
     for setting, methods in settings.items():
-        pictures, steps, mixes, teacher, student, window, order, test = setting
+        pictures, steps, mixes, teacher, student, window, fixed, lag, test = setting
         of = f"{pictures:,} pictures, {mixes:,} mixes, {steps:,} steps, {teacher} to {student}"
-        of += f", window {window}" + (f", {order}" if order else "")
+        of += f", window {window}{', fixed' if fixed else ''}{f', lag {lag}' if lag else ''}"
         yield f"{of}{', test set' if test else ''}"
         others = methods.get(base, {})
         for method, found in methods.items():
@@ -410,7 +410,8 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--pictures", type=int, default=45_000, help="that the student learns from")
     parser.add_argument("--mixes", type=int, default=MIXES, help="in all, of these pictures")
     parser.add_argument("--window", type=int, default=16, help="groups shuffled together, or 0")
-    parser.add_argument("--order", choices=ORDERS, help="what else is done to that of recipes")
+    parser.add_argument("--fixed", action="store_true", default=None, help="one order of recipes")
+    parser.add_argument("--lag", type=int, help="batches between originals and mixes of recipes")
     parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
     parser.add_argument("--test", action="store_true", help="measure trained ones on the test set")
     parser.add_argument("--compile", action="store_true", help="the student, by torch.compile")
@@ -427,7 +428,8 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
             options.pictures,
             mixes=options.mixes,
             window=options.window,
-            order=options.order,
+            fixed=options.fixed,
+            lag=options.lag,
             test=options.test,
             **{"teacher": options.teacher, **fields},
         )
