@@ -5,9 +5,15 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
+from supermix_transforms import ShardSampler
+from supermix_transforms.offline.replaying import ReplayedMix
+from supermix_transforms.training import PAPER, make_accelerator
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "own_precision")]
@@ -144,6 +150,37 @@ def test_figure_6_varies_one_thing(script):
     assert [new.mixes for new in figure.varied(case, "size")] == [2000, 4000, 10_000, 20_000]
     assert {new.alpha for new in figure.varied(case, "size")} == {1.0}
     assert [new.lambda_s for new in figure.varied(case, "lambda_s")][2] == 25.0
+
+
+def test_mixes_lag_behind_their_originals(script):
+    students = script("students")
+    made = [[ReplayedMix(f"mix {n}", f"image {n}", n, n, None, 0)] for n in range(5)]
+    train = SimpleNamespace(collate_fn=lambda mixes: mixes[0], sampler=None)
+    case = students.Case("supermix-soft", lag=2)
+    loaders = students.reordered(SimpleNamespace(train=train), case)
+    found = [loaders.train.collate_fn(batch) for batch in made]
+    assert [mix.image for mix in found] == [f"image {n}" for n in range(5)]
+    assert [mix.label for mix in found] == list(range(5))
+    assert [mix.mixed for mix in found] == [f"mix {n}" for n in (0, 0, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("fixed", [True, None])
+def test_a_fixed_order_is_that_of_the_first_epoch_in_every_epoch(script, fixed):
+    students = script("students")
+
+    class Numbers(list):
+        lengths = (20, 20)
+
+    numbers = Numbers(range(40))
+    train = DataLoader(numbers, 40, sampler=ShardSampler(numbers))
+    loaders = students.reordered(SimpleNamespace(train=train), students.Case("x", fixed=fixed))
+    prepared = make_accelerator(PAPER).prepare(loaders.train)
+    orders = []
+    for epoch in range(2):
+        prepared.set_epoch(epoch)
+        orders.append(next(iter(prepared)).tolist())
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    assert (orders[0] == orders[1]) == bool(fixed)
 
 
 @pytest.mark.parametrize(

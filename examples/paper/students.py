@@ -133,7 +133,6 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 }
 # whose maps stand beside those of the teacher's three, where names differ
 STAGES = {"shufflenet_v2_x0_5": ("stage2:layer1", "stage3:layer2", "stage4:layer3")}
-
 # what runs of one table have in common
 SETTING = ("pictures", "steps", "mixes", "teacher", "student", "window", "fixed", "lag", "test")
 
