@@ -50,7 +50,8 @@ def run(module, monkeypatch, data, work, *options: str) -> list[dict]:
     return json.loads(out.read_text())["results"]
 
 
-SMALL = ("--pictures", "1000", "--mixes", "1000", "--steps", "4")
+# bf16 takes ten times as long on a CPU that has no instructions for it
+SMALL = ("--pictures", "1000", "--mixes", "1000", "--steps", "4", "--float32")
 
 
 def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, capsys):
@@ -128,6 +129,25 @@ def test_the_set_s_own_teacher_finds_its_labels_right_and_another_network_less(
     assert other["another's class is the label"] < 0.7
     assert other["KL"] > 0.5
     assert 0.4 < other["hard label is the heavier source's"] < other["largest probability"] < 0.9
+
+
+@pytest.mark.parametrize(("float32", "precision"), [(None, "bf16"), (True, "no")])
+def test_students_are_trained_in_bf16_unless_float32_is_asked(
+    script, monkeypatch, data, tmp_path, float32, precision
+):
+    class Asked(Exception):
+        pass
+
+    def asked(settings, mixed_precision):
+        raise Asked(mixed_precision)
+
+    students = script("students")
+    loaders = SimpleNamespace(train=range(8))
+    monkeypatch.setattr(students, "data_of", lambda *_: loaders)
+    monkeypatch.setattr(students, "make_accelerator", asked)
+    case = students.Case("kd", float32=float32)
+    with pytest.raises(Asked, match=f"^{precision}$"):
+        students.figures_of(case, data, tmp_path, compiled=False)
 
 
 def test_a_case_with_another_alpha_is_another_case(script, tmp_path, monkeypatch):

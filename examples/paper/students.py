@@ -134,7 +134,10 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
 # whose maps stand beside those of the teacher's three, where names differ
 STAGES = {"shufflenet_v2_x0_5": ("stage2:layer1", "stage3:layer2", "stage4:layer3")}
 # what runs of one table have in common
-SETTING = ("pictures", "steps", "mixes", "teacher", "student", "window", "fixed", "lag", "test")
+SETTING = (
+    *("pictures", "steps", "mixes", "teacher", "student"),
+    *("window", "fixed", "lag", "float32", "test"),
+)
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class Case:
     # what else may be done to their order, to see what in it matters
     fixed: bool | None = None  # that of the first epoch in every epoch
     lag: int | None = None  # mixes beside the originals of so many batches later
+    float32: bool | None = None  # instead of bf16, for CPUs that have no fast one
     test: bool = False  # measured on the test set, without training
 
     @property
@@ -162,7 +166,7 @@ class Case:
         """Of the run, which is the same whatever it is measured on."""
         parts = asdict(self)
         del parts["test"]
-        for part in ("fixed", "lag"):
+        for part in ("fixed", "lag", "float32"):
             parts[part] = None if parts[part] is None else f"{part}{parts[part]}"
         return "-".join(str(value) for value in parts.values() if value is not None)
 
@@ -307,7 +311,7 @@ def figures_of(case: Case, data: Path, work: Path, compiled: bool) -> dict[str, 
         student.compile()
     mean, std = CIFAR100_STATISTICS
     teacher = cifar_teacher(data, "cifar100", net=case.teacher)
-    accelerator = make_accelerator(settings, mixed_precision="bf16")
+    accelerator = make_accelerator(settings, mixed_precision="no" if case.float32 else "bf16")
     hints = None
     if method := METHODS[case.method].get("hints"):
         labels = loaders.labels() if method == "crd" else None
@@ -350,7 +354,7 @@ def run_all(cases: Iterable[Case], options: argparse.Namespace, **content: Any) 
     if options.out.exists():
         found = json.loads(options.out.read_text())
     found |= {
-        "device": "CPU, one thread, bf16",
+        "device": "CPU, one thread; bf16, where a result does not say float32",
         "versions": {package: version(package) for package in ("torch", "torchvision")},
         "settings": SETTINGS,
         **content,
@@ -378,10 +382,10 @@ def table(
         methods = settings.setdefault(setting, {})
         methods.setdefault(result["method"], {})[result["seed"]] = 100 * result["top1"]
     for setting, methods in settings.items():
-        pictures, steps, mixes, teacher, student, window, fixed, lag, test = setting
+        pictures, steps, mixes, teacher, student, window, fixed, lag, float32, test = setting
         of = f"{pictures:,} pictures, {mixes:,} mixes, {steps:,} steps, {teacher} to {student}"
         of += f", window {window}{', fixed' if fixed else ''}{f', lag {lag}' if lag else ''}"
-        yield f"{of}{', test set' if test else ''}"
+        yield f"{of}{', float32' if float32 else ''}{', test set' if test else ''}"
         others = methods.get(base, {})
         for method, found in methods.items():
             line = f"  {method:20} {_with_error([*found.values()])}"
@@ -411,6 +415,7 @@ def parser_of(doc: str, name: str, methods: Sequence[str]) -> argparse.ArgumentP
     parser.add_argument("--window", type=int, default=16, help="groups shuffled together, or 0")
     parser.add_argument("--fixed", action="store_true", default=None, help="one order of recipes")
     parser.add_argument("--lag", type=int, help="batches between originals and mixes of recipes")
+    parser.add_argument("--float32", action="store_true", default=None, help="instead of bf16")
     parser.add_argument("--teacher", choices=("resnet56", "resnet20"), default="resnet56")
     parser.add_argument("--test", action="store_true", help="measure trained ones on the test set")
     parser.add_argument("--compile", action="store_true", help="the student, by torch.compile")
@@ -429,6 +434,7 @@ def cases_of(options: argparse.Namespace, **fields: Any) -> list[Case]:
             window=options.window,
             fixed=options.fixed,
             lag=options.lag,
+            float32=options.float32,
             test=options.test,
             **{"teacher": options.teacher, **fields},
         )
