@@ -10,13 +10,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum, unique
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Purpose", "draw_ring", "draw_weights", "generator", "seeded"]
+__all__ = [
+    "Draw",
+    "Purpose",
+    "draw_ring",
+    "draw_weights",
+    "generator",
+    "seeded",
+    "set_epoch_of",
+]
 
 PASSES = 5  # of swaps around the ring
 
@@ -150,3 +158,9 @@ def draw_weights(draw: Draw, sources: Tensor, alpha: float) -> Tensor:
     k = sources.shape[1]
     rows = [generator(draw, ids, Purpose.WEIGHTS).dirichlet([alpha] * k) for ids in tuples]
     return torch.from_numpy(np.asarray(rows, dtype=np.float32).reshape(-1, k))
+
+
+def set_epoch_of(part: Any, epoch: int) -> None:
+    """Tell the epoch to a loader, data set or transform that wants to know."""
+    if callable(set_epoch := getattr(part, "set_epoch", None)):
+        set_epoch(epoch)

@@ -25,7 +25,7 @@ from supermix_transforms.batch import (
 )
 from supermix_transforms.batchmix import BatchMix, tell_epoch
 from supermix_transforms.data.picturesets import OtherPictures
-from supermix_transforms.draws import Draw, Purpose, seeded
+from supermix_transforms.draws import Draw, Purpose, seeded, set_epoch_of
 from supermix_transforms.inputs import (
     LabelsGetter,
     check_images,
@@ -37,7 +37,7 @@ from supermix_transforms.inputs import (
     split_batch,
 )
 from supermix_transforms.mixing import keep_rows, label_mixes, label_originals
-from supermix_transforms.results import Mixed, Outcome
+from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
 from supermix_transforms.transforms import SuperMix
@@ -114,10 +114,12 @@ class _BatchMixer:
                 assert self._labeler is not None
                 teacher = label_originals(self._labeler, images, labels)
                 return MixResult(images, labels, teacher, None, None, teacher.probs)
-            if isinstance(transform, OtherPictures):
-                transform = partial(transform, extra=extra)
             if isinstance(transform, BatchMix):
                 result = self._ours(transform, images, labels, ids)
+            elif isinstance(transform, OtherPictures):
+                result = self._foreign(partial(transform, extra=extra), images, labels, ids)
+                if result.targets is not None:  # what another teacher said, when it mixed them
+                    result = result._replace(mixed_teacher=TeacherLabels.from_probs(result.targets))
             else:
                 result = self._foreign(transform, images, labels, ids)
             result = self._finish(result, Draw(self.seed, self.epoch, ids))
@@ -395,6 +397,4 @@ class MixLoader(_BatchMixer):
     def set_epoch(self, epoch: int) -> None:
         """Draw anew, and tell the loader inside, if it wants to know."""
         super().set_epoch(epoch)
-        inner = getattr(self.loader, "set_epoch", None)
-        if callable(inner):
-            inner(epoch)
+        set_epoch_of(self.loader, epoch)

@@ -588,6 +588,19 @@ def test_distill_begins_with_weights_and_keeps_to_its_options(distilling, genera
     assert learned.std == (0.2, 0.2, 0.2)
 
 
+def test_distill_begins_with_the_weights_of_its_seed(distilling, generating):
+    teacher = ["--teacher", generating[generating.index("--teacher") + 1], *ONLINE]
+    begun = []
+    for name, seed in (("one", "0"), ("same", "0"), ("other", "1")):
+        torch.rand(1)  # whatever was drawn before
+        out = f"{distilling[-1]}-{name}"
+        options = ["--learn", "originals", "--lr", "0", "--seed", seed]
+        assert main([*distilling[:-1], out, *teacher, *options]) == 0
+        begun.append(load_file(f"{out}/best.safetensors")["0.weight"])
+    assert torch.equal(begun[0], begun[1])
+    assert not torch.equal(begun[0], begun[2])
+
+
 def test_distill_searches_as_it_is_told(distilling, generating, monkeypatch, capsys):
     made = []
 
@@ -710,6 +723,12 @@ def test_distill_tells_a_tracker(distilling, photos, capsys):
         (["--recipes", "x", "--weights", "w.pt"], "distill: expected no --weights with no --teach"),
         (["--images", "photos"], "pictures: expected one of --shards, --images, --dataset, got"),
         (["--learn", "originals", "--num-classes", "4", "--hints", "at"], "hints: at expected a"),
+        (["--recipes", "x", "--accumulate", "0"], "accumulate: expected at least 1 step, got 0"),
+        (["--recipes", "x", "--temperature", "2"], "distill: expected no --temperature with --kd"),
+        (
+            ["--learn", "originals", "--target", "hard"],
+            "distill: expected no --target with --learn",
+        ),
         (["--recipes", "nowhere"], "recipes: expected a folder that `supermix generate` wrote"),
         (["--teacher", "timm/nothing"], "teacher: expected a classifier of timm"),
         (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -425,6 +426,8 @@ def test_learning_rates_of_the_presets():
         assert paper[place - 1] == pytest.approx(0.1 * 0.1 ** (number - 1))
     short = rates(replace(PAPER, epochs=10))
     assert short[:10] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)])
+    # a warm-up of 1.2 steps
+    assert rates(replace(PAPER, epochs=2), 6)[:2] == pytest.approx([0.1 / 1.2, 0.1])
     modern = rates(MODERN)
     assert max(modern) == pytest.approx(0.1)
     assert modern[-1] < 1e-6
@@ -449,7 +452,8 @@ def test_uint8_pictures_are_scaled_and_normalised(tmp_path):
 def test_without_validation_there_are_no_figures_of_it(tmp_path):
     summary = distill(student(), plain(), None, tmp_path, settings=FEW)
     assert (summary.top1, summary.best_top1, summary.teacher_calls) == (None, None, 0)
-    assert not (tmp_path / "best.safetensors").exists()
+    last, best = (load_file(tmp_path / f"{name}.safetensors") for name in ("last", "best"))
+    assert all(torch.equal(value, last[f"model/network.{name}"]) for name, value in best.items())
 
 
 def test_the_teachers_calls_are_counted_whatever_is_learned(tmp_path):
@@ -512,13 +516,88 @@ def test_other_settings_or_students_than_those_begun_with_are_errors(tmp_path):
     other = DistillSettings(epochs=3, lr=0.06, warmup_epochs=1, save_steps=2)
     with pytest.raises(ValueError, match=r"got others: lr 0\.05, now 0\.06"):
         distill(student(), plain(), None, tmp_path, settings=other)
-    with pytest.raises(ValueError, match="got others: mix None, now cutmix"):
+    with pytest.raises(ValueError, match='got others: mix null, now "cutmix"'):
         distill(student(), plain(), None, tmp_path, settings=FEW, described={"mix": "cutmix"})
+    normal = {"mean": [0.5], "std": [0.2]}
+    with pytest.raises(ValueError, match=r"got others: mean null, now \[0\.5\]; std null, now"):
+        distill(student(), plain(), None, tmp_path, settings=FEW, **normal)
+    accelerator = accumulating(2)
+    with pytest.raises(ValueError, match="got others: accumulate 1, now 2"):
+        distill(student(), plain(), None, tmp_path, settings=FEW, accelerator=accelerator)
     with pytest.raises(ValueError, match="got others: batches_an_epoch 4, now 5"):
         distill(student(), plain(25), None, tmp_path, settings=FEW)
     other_net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, NUM_CLASSES))
     with pytest.raises(ValueError, match="expected the student that"):
         distill(other_net, plain(), None, tmp_path, settings=FEW)
+
+
+def test_what_a_run_was_described_with_is_wanted_again(tmp_path):
+    distill(student(), plain(), None, tmp_path, settings=FEW, described={"mix": "cutmix"})
+    with pytest.raises(ValueError, match='got others: mix "cutmix", now null'):
+        distill(student(), plain(), None, tmp_path, settings=FEW)
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (DataLoader(TensorDataset(*pictures(3)), 4, drop_last=True), "at least one batch, got"),
+        (online(), r"validation: expected batches \(images, labels\), got mixes"),
+        (online(output="tuple"), r"validation: expected batches \(images, labels\), got mixes"),
+        (
+            DataLoader(TensorDataset(pictures(4)[0], torch.full((4,), NUM_CLASSES)), 4),
+            rf"validation: expected labels in 0\.\.{NUM_CLASSES - 1}, .* got {NUM_CLASSES}\.\.",
+        ),
+    ],
+)
+def test_a_validation_that_cannot_be_judged_is_an_error_before_training(
+    tmp_path, validation, message
+):
+    steps = []
+    with pytest.raises(ValueError, match=message):
+        distill(
+            student(),
+            plain(),
+            validation,
+            tmp_path,
+            settings=FEW,
+            advance=lambda *at: steps.append(at),
+        )
+    assert not steps
+
+
+def test_a_teacher_of_other_classes_than_those_judged_is_an_error(tmp_path):
+    other = TeacherLabeler(lambda images: torch.zeros(len(images), NUM_CLASSES + 1))
+    with pytest.raises(ValueError, match="the teacher's classes"):
+        distill(student(), plain(), held_out(), tmp_path, settings=FEW, teacher=other)
+
+
+def test_validation_without_torchmetrics_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
+    with pytest.raises(ImportError, match=r'pip install "supermix-transforms\[distill\]"'):
+        distill(student(), plain(), held_out(), tmp_path, settings=FEW)
+    assert not any(tmp_path.iterdir())
+
+
+def test_loaders_that_are_none_of_torchs_are_errors(tmp_path):
+    mixing = MixLoader(plain(), labeler=TeacherLabeler(colour_teacher()))
+    with pytest.raises(TypeError, match=r"train: expected a torch\.utils\.data\.DataL.* got MixL"):
+        distill(student(), mixing, None, tmp_path, settings=FEW)
+    with pytest.raises(TypeError, match=r"validation: expected a .* got list"):
+        distill(student(), plain(), [pictures(4)], tmp_path, settings=FEW)
+    empty = DataLoader(TensorDataset(*pictures(3)), 4, drop_last=True)
+    with pytest.raises(ValueError, match="train: expected at least one batch an epoch, got none"):
+        distill(student(), empty, None, tmp_path, settings=FEW)
+    assert not any(tmp_path.iterdir())
+
+
+def test_mixes_of_another_dtype_than_the_originals_are_an_error(tmp_path):
+    images, labels = pictures(12, dtype=torch.uint8)
+    collate = SuperMixCollate(colour_teacher(), mix=lambda images, labels: (images / 255, labels))
+    train = DataLoader(TensorDataset(images, labels), 6, collate_fn=collate)
+    with pytest.raises(
+        ValueError, match=r"expected mixes of the originals' torch\.uint8, got torch\.f"
+    ):
+        distill(student(), train, None, tmp_path, settings=FEW)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
@@ -556,6 +635,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
         ({"kd": "mixes"}, "kd: expected"),
         ({"learn": "mixes"}, "learn: expected"),
         ({"labels": "none"}, "labels: expected"),
+        ({"milestones": (200, 300)}, r"milestones: expected parts of all steps, in 0\.\.1, got"),
     ],
 )
 def test_settings_out_of_range_are_errors(options, message):

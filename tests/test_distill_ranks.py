@@ -1,4 +1,4 @@
-"""Training on two ranks, and after a SIGKILL; distill_script.py is run and judged here."""
+"""Training and judging on two ranks, and training after a SIGKILL, by scripts beside this file."""
 
 import json
 import os
@@ -54,6 +54,16 @@ def test_two_ranks_of_half_the_batch_have_the_same_curve(data, tmp_path):
         assert torch.allclose(value, weights[1][name], atol=1e-4), name
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     assert results[0]["student_samples"] == results[1]["student_samples"] == EPOCHS * 2 * COUNT
+
+
+def test_all_ranks_judge_the_network_that_is_saved(tmp_path):
+    found = []
+    for ranks in (1, 2):
+        torchrun(ranks, TESTS / "evaluate_script.py", tmp_path)
+        written = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(ranks)]
+        assert all(each == written[0] for each in written)
+        found.append(written[0])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_a_run_that_is_killed_in_mid_epoch_ends_with_the_same_weights(data, tmp_path):

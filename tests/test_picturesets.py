@@ -19,7 +19,7 @@ from supermix_transforms.data.picturesets import (
     OtherPictures,
     PictureSet,
     Shown,
-    labels_of,
+    class_indices,
     open_folder,
     open_torchvision,
 )
@@ -156,7 +156,7 @@ def test_a_view_has_picture_label_and_place():
 
 def test_labels_are_read_without_pictures(folder):
     (folder / "red" / "a.png").write_bytes(b"no picture")
-    assert labels_of(open_folder(folder), [4, 0]).tolist() == [2, 0]
+    assert class_indices(open_folder(folder), [4, 0]).tolist() == [2, 0]
 
 
 def test_augmentation_depends_on_epoch_and_sample_alone():
@@ -246,6 +246,12 @@ def test_labels_that_mixes_were_stored_with_are_handed_on():
     loader = beside(probs, lambda others: SuperMixCollate(None, mix=others))
     batch = next(iter(loader))
     assert torch.equal(batch.targets, probs[rows_of(batch)])
+    another = colour_teacher()  # labels the originals alone
+    loader = beside(probs, lambda others: SuperMixCollate(another, mix=others))
+    batch = next(iter(loader))
+    assert torch.equal(batch.targets, probs[rows_of(batch)])
+    assert torch.allclose(batch.mixed_teacher.probs, batch.targets)
+    assert batch.calls == len(batch.images)
 
 
 def test_samples_that_are_mappings_have_other_pictures_beside_them():
@@ -285,7 +291,7 @@ def test_a_folder_goes_to_workers_that_are_spawned(tmp_path):
 def test_labels_that_are_no_indices_are_an_error():
     pictures = PictureSet([(None, [1, 2])], ["a"])
     with pytest.raises(ValueError, match="labels: expected class indices, got others"):
-        labels_of(pictures, [0])
+        class_indices(pictures, [0])
 
 
 def test_other_pictures_may_be_any_data_set():

@@ -179,11 +179,19 @@ def test_mixed_shards_bring_their_labels(shards, tmp_path, top):
     assert batch.mixed.shape == (5, 3, 16, 16)
     known = labeler()(batch.mixed)
     assert torch.equal(batch.targets, known.hard)
+    assert len(data.validation.dataset) == 3
+    data = ours(ShardDataset(shards), hold_out=False, **options)
+    assert (data.validation, len(data.train.dataset)) == (None, 22)
+    with pytest.raises(ValueError, match=r"num-classes: expected the 4 classes of .*, got 9"):
+        ours(ShardDataset(shards), mix=mix, num_classes=9)
     soft = ours(ShardDataset(shards), **options)
     batch = next(iter(soft.train))
     expected = TeacherLabeler(colour_teacher(), top=top)(batch.mixed).probs
     assert torch.allclose(batch.targets, expected, atol=2e-3)
     assert torch.allclose(batch.targets.sum(dim=1), torch.ones(5), atol=2e-3)
+    next((tmp_path / "mixed").glob("*.tar")).unlink()
+    with pytest.raises(ValueError, match=r"mixed-shards: expected \d tars in .*, got \d"):
+        mixed_pictures(tmp_path / "mixed", 16)
 
 
 @pytest.mark.parametrize("kind", ["tars", "folder"])
@@ -213,6 +221,20 @@ def test_one_source_of_pictures_is_asked_for(shards, folder):
     assert len(open_source(shards=[str(shards)])) == 22
     with pytest.raises(ValueError, match="dataset: expected CIFAR100, 'train'"):
         open_source(dataset="torchvision/CIFAR100", root=str(folder))
+
+
+def test_shards_without_labels_are_read_where_none_are_wanted(tmp_path):
+    path = str(
+        write_tar(
+            tmp_path / "a.tar",
+            [("a.png", picture(20, size=(20, 20))), ("b.png", picture(40, size=(20, 20)))],
+        )
+    )
+    with pytest.raises(ValueError, match="has no label"):
+        ours(open_source(shards=[path]))
+    data = ours(open_source(shards=[path], labelled=False), labelled=False)
+    assert next(iter(data.train))[0].shape == (1, 3, 16, 16)
+    assert len(data.validation.dataset) == 1
 
 
 def test_validation_is_of_the_same_kind(shards, folder):

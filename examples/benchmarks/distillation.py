@@ -8,10 +8,12 @@ CIFAR-100, ResNet-56 to ResNet-20, k 2. Parts that stand in the file are not run
   pictures in a random crop and flip and for their SuperMix mixes: with the n largest labels stored
   (float16, the rest spread evenly) against all logits. Mean of the loss, mean of its absolute error
   over pictures, the error of the batch's loss, and the cosine of the gradients of the logits.
-- `steps`: pictures a second that a student in bf16 is trained on, 128 originals and 128 mixes a
-  step, with 0 and 2 workers: mixes replayed from recipes, against torchvision's CutMix of the same
-  originals, and mixed online by the teacher. The medians over steps; all take turns. With the
-  mixes of --mixes pictures made beforehand, it also says from which number of steps recipes pay.
+- `steps`: pictures a second that a student in bf16 (or in float32, for CPUs that have no fast one:
+  --precision) is trained on, 128 originals and 128 mixes a step, with 0 and 2 workers: mixes
+  replayed from recipes, against torchvision's CutMix of the same originals, and mixed online by the
+  teacher. The medians over steps; all take turns.
+- `recipes` and `paying`: the time that it takes to write the mixes of --shards thousand pictures,
+  and from which number of steps on that is less than mixing online takes.
 """
 
 import json
@@ -101,8 +103,9 @@ def _soft_loss(logits: torch.Tensor, known: TeacherLabels) -> tuple[torch.Tensor
 class Student:
     """A ResNet-20 and a step of its training."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: str) -> None:
         torch.manual_seed(SEED)
+        self._half = precision == "bf16"
         network = ResNet(3, classes=100, project=True)
         self._network = network.to(memory_format=torch.channels_last).train()
         self._optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
@@ -111,7 +114,7 @@ class Student:
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> int:
         images = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
             logits = self._network(images)
         cross_entropy(logits, targets).backward()
         self._optimiser.step()
@@ -127,7 +130,9 @@ def with_cutmix(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([images, mixed]), torch.cat([hard, targets])
 
 
-def steps(data: Path, shards: list[Path], recipes: Path, workers: int) -> dict[str, Any]:
+def steps(
+    data: Path, shards: list[Path], recipes: Path, workers: int, precision: str
+) -> dict[str, Any]:
     options = {"batch_size": BATCH, "num_workers": workers, "drop_last": True}
     dataset = ShardDataset(shards, transform=TENSORS)
     mixes = replay(recipes, ShardDataset(shards), output="concat")
@@ -143,7 +148,7 @@ def steps(data: Path, shards: list[Path], recipes: Path, workers: int) -> dict[s
         "replay by groups": of(mixes, mixes.collate, window=0),
         "online": of(dataset, collate),
     }
-    student = Student()
+    student = Student(precision)
     streams = {name: _endless(loader) for name, loader in loaders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     pictures = 0
@@ -205,8 +210,9 @@ def main() -> None:
     parser = options_of(__doc__, "distillation")
     parser.add_argument("--work", type=Path, required=True, help="shards and recipes")
     parser.add_argument("--shards", type=int, default=4, help="of 1,000 pictures, that are mixed")
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     options = parser.parse_args()
-    report = Report(options, "distillation", k=2, seed=SEED)
+    report = Report(options, "distillation", k=2, seed=SEED, precision=options.precision)
     shards = shards_of(options.data, options.work)[: options.shards]
     if not report.has(part="labels"):
         for result in list(labels(options.data, shards)):
@@ -216,7 +222,7 @@ def main() -> None:
         report.add(made_recipes(options.data, shards, recipes))
     for workers in (0, 2):
         if not report.has(part="steps", workers=workers):
-            report.add(steps(options.data, shards, recipes, workers))
+            report.add(steps(options.data, shards, recipes, workers, options.precision))
     if not report.has(part="paying"):
         results = report.content["results"]
         made = next(result for result in results if result["part"] == "recipes")

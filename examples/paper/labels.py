@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from real_data import cifar_teacher
 
 from supermix_transforms import Outcome, ShardDataset, ShardSampler, TeacherLabeler, replay
-from supermix_transforms.data.picturesets import labels_of
+from supermix_transforms.data.picturesets import class_indices
 from supermix_transforms.offline.reading import open_unit
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         shards = sorted((options.work / "shards-1000").glob("train-*.tar"))
         count = next(int(part) for part in name.split("-") if part.isdigit())
         dataset = ShardDataset(shards[: count // 1000])
-        classes = labels_of(dataset, range(len(dataset))).numpy()
+        classes = class_indices(dataset, range(len(dataset))).numpy()
         folder = options.work / name
         result[name] = figures_of(folder, classes) | judged(folder, dataset, judge)
     print(json.dumps(result, indent=1))

@@ -22,6 +22,7 @@ from supermix_transforms.demo import named_labeler
 from supermix_transforms.files import write_atomically
 from supermix_transforms.models import load_student, load_teacher
 from supermix_transforms.offline.generation import process_state
+from supermix_transforms.plots import require_matplotlib
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler
 from supermix_transforms.training import MODERN, PAPER, DistillSummary, distill, make_accelerator
@@ -47,8 +48,8 @@ examples:
       --student timm/resnet18 --out run/
 
 Mixes are made while training, by the teacher, or read from recipes or mixed shards. Without
---validation a tenth of the samples is held out; not with recipes, which were made of all. Killed
-and started again, it goes on."""
+--validation a tenth of the samples is held out; not with recipes or mixed shards, which were made
+of all. Killed and started again, it goes on."""
 
 VIEW = "random-resized-crop"
 # what is asked of mixes that are made while training
@@ -56,9 +57,8 @@ SEARCH = ("method", "partners", "mask_size")  # of supermix
 MIXING = ("mix", "k", "alpha", *SEARCH, "unconverged")
 DESCRIBED = (  # options that make another run
     *("shards", "images", "dataset", "validation", "num_classes", "view", "size", "augment"),
-    *("teacher", "weights", "mean", "std", *MIXING, "recipes", "mixed_shards", "unlabelled"),
-    *("window", "target", "hints", "layers", "student", "student_weights"),
-    *("batch_size", "accumulate", "mixed_precision"),
+    *("teacher", "weights", *MIXING, "recipes", "mixed_shards", "unlabelled", "window", "target"),
+    *("layers", "student", "student_weights", "batch_size"),
 )
 
 
@@ -133,7 +133,7 @@ def _mix_options(group: Any) -> None:
     )
     add("--learn", choices=("both", "originals"), default="both", help="originals: no mixes")
     targets = ("soft", "hard")
-    add("--target", choices=targets, default="soft", help="label of mixes; the paper's are hard")
+    add("--target", choices=targets, help="label of mixes, soft if left out; the paper's are hard")
     add("--hints", choices=HINTS, help="adds a loss of features, by torchdistill")
     add(
         "--layers",
@@ -180,6 +180,11 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
     Raises:
         ValueError, ImportError: as what is asked for does.
     """
+    require_matplotlib()  # now, not after the last epoch
+    if arguments.accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1 step, got {arguments.accumulate}.")
+    if arguments.kd == "none":
+        _refuse(arguments, "--kd none", ("kd_weight", "temperature"))
     preset = {"paper": PAPER, "modern": MODERN}[arguments.preset]
     settings = replace(
         preset,
@@ -198,6 +203,7 @@ def run_distill(arguments: argparse.Namespace) -> DistillSummary:
             teacher = _teacher_of(arguments, state.device)
             data = _training_data(arguments, teacher.labeler, teacher.size, settings.epochs)
             weights = arguments.student_weights
+            torch.manual_seed(arguments.seed)  # of the student's first weights, and those of hints
             student = load_student(arguments.student, data.num_classes, weights=weights)
             summary = distill(
                 student,
@@ -282,12 +288,15 @@ def _training_data(
     source = {
         name: getattr(arguments, name) for name in ("shards", "images", "dataset", "root")
     } | {"cache_dir": arguments.cache_dir}
-    pictures = open_source(**source)
+    # crd contrasts the data's own classes, whoever labels the pictures
+    labelled = arguments.labels == "data" or arguments.hints == "crd"
+    pictures = open_source(**source, labelled=labelled)
     validation = None
     if arguments.validation is not None:
-        validation = open_validation(arguments.validation, **source)
+        own = arguments.labels == "data"
+        validation = open_validation(arguments.validation, **source, labelled=own)
     options: dict[str, Any] = {
-        "target": arguments.target,
+        "target": _given(arguments.target, "soft"),
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "num_workers": arguments.num_workers,
@@ -313,6 +322,7 @@ def _training_data(
         augment=augment,
         labelled=arguments.labels == "data",
         num_classes=arguments.num_classes or num_classes,
+        hold_out=arguments.mixed_shards is None,
         unconverged=arguments.unconverged or "keep",
         **options,
     )
@@ -323,7 +333,7 @@ def _mix_of(
 ) -> tuple[Callable[..., Any] | None, int | None]:
     """What is learned beside the originals, and its number of classes, where that tells it."""
     if arguments.learn == "originals":
-        _refuse(arguments, "--learn originals", ("mixed_shards", "unlabelled", *MIXING))
+        _refuse(arguments, "--learn originals", ("mixed_shards", "unlabelled", "target", *MIXING))
         return None, None
     if arguments.mixed_shards is not None:
         _refuse(arguments, "--mixed-shards", MIXING)

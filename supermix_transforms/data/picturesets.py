@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from supermix_transforms.data.pictures import SUFFIXES, read_picture
 from supermix_transforms.data.shards import check_some
 from supermix_transforms.data.views import ViewDraws
-from supermix_transforms.draws import Draw, Purpose, generator, seeded
+from supermix_transforms.draws import Draw, Purpose, generator, seeded, set_epoch_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ __all__ = [
     "PictureSet",
     "Readable",
     "Shown",
-    "labels_of",
+    "class_indices",
     "open_folder",
     "open_torchvision",
 ]
@@ -164,7 +164,7 @@ def open_torchvision(name: str, root: str | Path, split: str = "train") -> Pictu
     return PictureSet(found, [str(each) for each in found.classes])
 
 
-def labels_of(pictures: Readable, indices: Sequence[int]) -> Tensor:
+def class_indices(pictures: Readable, indices: Sequence[int]) -> Tensor:
     """The class of each of these samples, (P,) int64.
 
     Pictures are read only where a data set of torchvision has no ``targets``.
@@ -211,9 +211,7 @@ class Shown(Dataset[tuple[Tensor, Any, int]]):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        set_epoch = getattr(self._augment, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
+        set_epoch_of(self._augment, epoch)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -266,8 +264,7 @@ class Beside(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         for part in (self._dataset, self._pictures):
-            if callable(set_epoch := getattr(part, "set_epoch", None)):
-                set_epoch(epoch)
+            set_epoch_of(part, epoch)
 
     def __len__(self) -> int:
         return len(self._dataset)

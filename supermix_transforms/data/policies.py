@@ -16,6 +16,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from supermix_transforms.draws import set_epoch_of
+
 __all__ = ["FILES", "OPERATIONS", "POLICIES", "Policy", "load_policy"]
 
 _functional: Any = F  # its annotations speak of tensors alone
@@ -158,8 +160,7 @@ class Chain(v2.Compose):
     def set_epoch(self, epoch: int) -> None:
         """As of `Policy`."""
         for step in self.transforms:
-            if callable(told := getattr(step, "set_epoch", None)):
-                told(epoch)
+            set_epoch_of(step, epoch)
 
 
 POLICIES: dict[str, Callable[[], Callable[[Any], Any]]] = {

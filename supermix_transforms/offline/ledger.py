@@ -18,7 +18,7 @@ from typing import Any
 
 from supermix_transforms.files import lock, sha256_of, try_lock, write_atomically
 
-__all__ = ["Ledger", "UnitEntry", "fingerprint", "versions"]
+__all__ = ["Ledger", "UnitEntry", "check_same_settings", "fingerprint", "versions"]
 
 FORMAT, VERSION = "supermix-mixes", 1
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
@@ -141,19 +141,7 @@ class Ledger:
 
     def compare(self, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless the folder was begun with these settings."""
-        begun = self.settings()
-        asked = json.loads(json.dumps(settings))
-        different = [
-            f"{name} {was}, now {now}"
-            for name in sorted(begun.keys() | asked.keys())
-            if begun.get(name) != asked.get(name)
-            for was, now in [_apart(begun.get(name), asked.get(name))]
-        ]
-        if different:
-            raise ValueError(
-                f"out: expected the settings that {str(self.folder)!r} was begun with, got others: "
-                f"{'; '.join(different)}. Use those, or choose another folder."
-            )
+        check_same_settings(self.folder, self.settings(), settings)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -305,6 +293,22 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """The sha256 of settings, the same for equal ones."""
     content = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_same_settings(folder: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a folder is asked for what it was begun with, as JSON has it."""
+    asked = json.loads(json.dumps(asked))
+    different = [
+        f"{name} {was}, now {now}"
+        for name in sorted(begun.keys() | asked.keys())
+        if begun.get(name) != asked.get(name)
+        for was, now in [_apart(begun.get(name), asked.get(name))]
+    ]
+    if different:
+        raise ValueError(
+            f"out: expected the settings that {str(folder)!r} was begun with, got others: "
+            f"{'; '.join(different)}. Use those, or choose another folder."
+        )
 
 
 def _apart(was: Any, now: Any) -> tuple[str, str]:

@@ -28,7 +28,14 @@ from supermix_transforms.data.views import Crop
 from supermix_transforms.offline.ledger import versions
 from supermix_transforms.offline.reading import RecipeGroups
 from supermix_transforms.offline.recipes import Array, Group, Kind, picture_digest
-from supermix_transforms.offline.stored import joined, labels_of, part_of, parts_of, weights_of
+from supermix_transforms.offline.stored import (
+    joined,
+    labels_of,
+    part_of,
+    parts_of,
+    place_in_kind,
+    weights_of,
+)
 from supermix_transforms.quantised import LEVELS, STEP, blend_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
@@ -297,6 +304,5 @@ def _rows_of(mixes: Sequence[ReplayedMix], groups: Array) -> Tensor:
 
 def _mask_logits(mix: ReplayedMix) -> Tensor:
     """(k, w, w) of a mix whose masks are a grid."""
-    place = int((mix.group.kind[: mix.row] == Kind.LOGITS).sum())
-    steps = torch.from_numpy(mix.group.grid[place].astype(np.float32))
+    steps = torch.from_numpy(mix.group.grid[place_in_kind(mix.group, mix.row)].astype(np.float32))
     return STEP * torch.cat([steps, torch.zeros_like(steps[:1])])

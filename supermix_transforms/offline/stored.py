@@ -20,7 +20,15 @@ from supermix_transforms.offline.recipes import (
 from supermix_transforms.quantised import LEVELS, exact_parts
 from supermix_transforms.results import Mixed, TeacherLabels
 
-__all__ = ["joined", "labels_of", "part_of", "parts_of", "to_group", "weights_of"]
+__all__ = [
+    "joined",
+    "labels_of",
+    "part_of",
+    "parts_of",
+    "place_in_kind",
+    "to_group",
+    "weights_of",
+]
 
 MOST_STEPS = (1 << 16) - 1
 WHOLE = (1 << 16) - 1  # a weight of 1
@@ -173,12 +181,16 @@ def joined(parts: Sequence[Group]) -> Group:
     return Group(**{**fields, "source": np.concatenate(sources), "digest": np.empty(0, "u1")})
 
 
+def place_in_kind(group: Group, row: int) -> int:
+    """Of a mix, its place among those of its kind."""
+    return int((group.kind[:row] == group.kind[row]).sum())
+
+
 def parts_of(group: Group, rows: Sequence[int], size: tuple[int, int]) -> Array:
     """Masks (R, k, H, W) uint8 of these mixes in parts of 255, their sum."""
     k = group.source.shape[1]
     kinds = group.kind[list(rows)]
-    # of each mix, its place among those of its kind
-    places = np.array([int((group.kind[:row] == group.kind[row]).sum()) for row in rows], dtype=int)
+    places = np.array([place_in_kind(group, row) for row in rows], dtype=int)
     parts = np.empty((len(rows), k, *size), dtype=np.uint8)
     grids = kinds == Kind.LOGITS
     if grids.any():  # at once: small pictures would each pay for the calls

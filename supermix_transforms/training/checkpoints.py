@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from supermix_transforms.files import write_atomically
+from supermix_transforms.offline.ledger import check_same_settings
 
 __all__ = ["Checkpoint", "Progress"]
 
@@ -63,17 +64,7 @@ class Checkpoint:
                 f"out: expected a checkpoint of this version, got {str(path)!r}: {error}. Remove "
                 "it to begin anew, or choose another folder."
             ) from error
-        asked = json.loads(json.dumps(self._settings))
-        different = [
-            f"{name} {begun.get(name)}, now {value}"
-            for name, value in asked.items()
-            if begun.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"out: expected the settings that {str(self._folder)!r} was begun with, got "
-                f"others: {'; '.join(different)}. Use those, or choose another folder."
-            )
+        check_same_settings(self._folder, begun, self._settings)
         try:
             self._network.load_state_dict(_part(tensors, "model"))
             if self._average is not None:

@@ -17,7 +17,7 @@ from supermix_transforms.data.picturesets import (
     PictureSet,
     Readable,
     Shown,
-    labels_of,
+    class_indices,
     open_folder,
     open_torchvision,
 )
@@ -61,8 +61,11 @@ def open_source(
     root: str | None = None,
     split: str = "train",
     cache_dir: str | None = None,
+    labelled: bool = True,
 ) -> Readable:
     """The pictures of shards, of a folder, or of a data set of torchvision.
+
+    Shards that are not `labelled` may have no labels; 0 stands for each.
 
     Raises:
         ValueError: if it is not exactly one of them, and as they do.
@@ -74,7 +77,7 @@ def open_source(
             f"pictures: expected one of {', '.join(asked)}, got {' and '.join(given) or 'none'}."
         )
     if shards is not None:
-        return ShardDataset(list(shards), cache_dir=cache_dir)
+        return ShardDataset(list(shards), labels=None if labelled else _unread, cache_dir=cache_dir)
     if images is not None:
         return open_folder(images)
     assert dataset is not None
@@ -113,15 +116,16 @@ def online(
     augment: Callable[[Tensor], Tensor] | None = None,
     labelled: bool = True,
     num_classes: int | None = None,
+    hold_out: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> TrainingData:
     """Batches of views, mixed by `mix` while training; without it plain ``(images, labels)``.
 
     Args:
-        pictures: to learn from; a tenth is held out if there is no `validation`, the same in each
-            run.
-        validation: to judge on, the middle of each.
+        pictures: to learn from.
+        validation: to judge on, the middle of each; None is a tenth of the pictures, the same in
+            each run, or nothing with ``hold_out=False``.
         labeler: labels the mixes.
         view: from a size to a transform, as `views.VIEWS`.
         size: of the pictures, in pixels.
@@ -132,13 +136,14 @@ def online(
         augment: of each picture after its view, before anything is mixed.
         labelled: whether the pictures' own labels are learned; else the teacher's.
         num_classes: N, where neither a teacher nor the pictures tell.
+        hold_out: False where `mix` brings mixes that were made of all pictures.
         seed: of all draws.
         **options: of the DataLoader.
 
     Raises:
         ValueError: if the number of classes is not known, or the pictures' are not the teacher's.
     """
-    held_out = [] if validation is not None else _tenth(len(pictures))
+    held_out = _tenth(len(pictures)) if validation is None and hold_out else []
     kept = sorted(set(range(len(pictures))) - set(held_out))
     views = Shown(pictures, ViewDraws(view(size), seed=seed), kept, augment)
     classes = _classes(pictures, views, labeler, labelled, num_classes)
@@ -151,15 +156,18 @@ def online(
     if isinstance(pictures, ShardDataset):  # reads stay local
         order = {"sampler": ShardSampler(shown, seed=seed)}
     train = DataLoader(shown, collate_fn=collate, **order, **options)
-    if validation is None:
-        validation, judged = pictures, held_out
-    else:
-        judged = list(range(len(validation)))
+    judged: Shown | None = None
+    if validation is not None:
         if labelled:
             _check_same_classes(pictures, validation)
-    middle = _middle(validation, judged, (size, size))
+        judged = _middle(validation, range(len(validation)), (size, size))
+    elif hold_out:
+        judged = _middle(pictures, held_out, (size, size))
     return TrainingData(
-        train, DataLoader(middle, **options), classes, partial(labels_of, pictures, kept)
+        train,
+        None if judged is None else DataLoader(judged, **options),
+        classes,
+        partial(class_indices, pictures, kept),
     )
 
 
@@ -213,7 +221,7 @@ def of_recipes(
     if validation is not None:
         size = mixes.settings["view"]["size"]
         judged = DataLoader(_middle(validation, range(len(validation)), size), **options)
-    labels = partial(labels_of, dataset, range(len(dataset)))
+    labels = partial(class_indices, dataset, range(len(dataset)))
     return TrainingData(train, judged, int(mixes.settings["num_classes"]), labels)
 
 
@@ -221,13 +229,19 @@ def mixed_pictures(folder: str | Path, size: int) -> tuple[OtherPictures, int]:
     """Mixes that `generate` wrote as shards, with their labels, and the number of classes.
 
     Raises:
-        ValueError: for a folder that `generate` did not write as shards.
+        ValueError: for a folder that `generate` did not write as shards, or not to the end.
     """
-    settings = Ledger(folder).settings()
+    ledger = Ledger(folder)
+    settings, entries = ledger.settings(), ledger.entries()
     if settings.get("form") != "shards":
         raise ValueError(
             f"mixed-shards: expected what `supermix generate --as shards` wrote, got "
             f"{str(folder)!r}, which holds recipes. Pass it as --recipes."
+        )
+    if len(entries) != settings.get("units"):
+        raise ValueError(
+            f"mixed-shards: expected {settings.get('units')} tars in {str(folder)!r}, got "
+            f"{len(entries)}. Start `supermix generate` with the same options again: it goes on."
         )
     num_classes = int(settings["num_classes"])
     dataset = ShardDataset(folder, labels=partial(stored_probs, num_classes=num_classes))
@@ -283,7 +297,12 @@ def _classes(
                 f"{', '.join(names[:3])}, ... Pass --labels teacher, to learn the teacher's "
                 "classes, or a teacher of yours."
             )
-        return len(names)
+        known = len(names)
+    if known is not None and num_classes not in (None, known):
+        raise ValueError(
+            f"num-classes: expected the {known} classes of the teacher or of the pictures, got "
+            f"{num_classes}. Leave it out, or make both alike."
+        )
     if known is None and num_classes is None:
         raise ValueError(
             "distill: expected a number of classes, got no teacher that tells it. Pass "

@@ -1,6 +1,6 @@
 """Train a student on originals and their mixes: one loop, from top to bottom.
 
-    collate = SuperMixCollate(teacher, target="hard")
+    collate = SuperMixCollate(teacher)
     train = DataLoader(dataset, 128, shuffle=True, collate_fn=collate)
     summary = distill(student, train, validation, "run/", settings=PAPER)
 
@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from supermix_transforms.batch import MixBatch
+from supermix_transforms.draws import set_epoch_of
 from supermix_transforms.files import write_atomically
 from supermix_transforms.loader import SuperMixCollate
 from supermix_transforms.results import TeacherLabels
@@ -71,7 +73,8 @@ def distill(
     """Train a student, or go on with a run that was stopped.
 
     The folder gets ``last.safetensors`` (all that is needed to go on), ``best.safetensors`` (the
-    weights of the best validation), ``history.json`` and ``results.json``.
+    weights of the best validation, or of the last epoch where there is none), ``history.json`` and
+    ``results.json``.
 
     A script for several processes ends with ``accelerator.end_training()``, or, without an
     accelerator of its own, with ``accelerate.PartialState().destroy_process_group()``: a process
@@ -99,10 +102,14 @@ def distill(
         advance: is told how many of all steps are done, after each, on the first process.
 
     Raises:
-        ValueError: for batches that hold too little for the settings, a run that was begun with
-            other settings, another student, or other batches or processes, and a loss that is not
-            finite.
+        TypeError: for loaders that are none of torch's.
+        ImportError: for a validation without torchmetrics.
+        ValueError: for batches that hold too little for the settings, a validation that cannot be
+            judged (its first batch is looked at before anything is trained), a run that was begun
+            with other settings, another student, or other batches or processes, and a loss that is
+            not finite.
     """
+    _check_loaders(train, validation)
     if settings.labels == "teacher" and validation is not None and teacher is None:
         raise ValueError(
             'labels="teacher": expected a teacher whose classes the validation is judged by, got '
@@ -121,13 +128,24 @@ def distill(
     judged = network if hints is None else Pictured(student, mean, std)
     average = _average(judged, settings)
     model, optimiser, train = accelerator.prepare(network, optimiser, train)
-    validation = None if validation is None else accelerator.prepare(validation)
     judged.to(accelerator.device)
     if average is not None:
         average.to(accelerator.device)
+    if validation is not None:
+        # what cannot be judged is said now, not after an epoch
+        first = _first_batch(validation, accelerator.device)
+        evaluate(judged, first, accelerator, teacher, settings.labels)
+        validation = accelerator.prepare(validation)
     steps_per_epoch = len(train)
     steps = settings.epochs * steps_per_epoch
-    all_settings = {**asdict(settings), **(described or {})}
+    all_settings = {
+        **asdict(settings),
+        **network.normalisation,
+        "hints": None if hints is None else hints.method,
+        "mixed_precision": accelerator.mixed_precision,
+        "accumulate": accelerator.gradient_accumulation_steps,
+        **(described or {}),
+    }
     # with another order of batches a step's number would say nothing
     order = {"batches_an_epoch": steps_per_epoch, "processes": accelerator.num_processes}
     folder = Path(out)
@@ -135,6 +153,7 @@ def distill(
     scaler = accelerator.scaler  # of fp16
     checkpoint = Checkpoint(folder, network, optimiser, average, all_settings | order, scaler)
     progress = checkpoint.load()
+    _check_same_step(progress.step, folder, accelerator)
 
     begun, saved = (progress.step, time.perf_counter()), progress.step
 
@@ -179,19 +198,19 @@ def distill(
         entry = _epoch_entry(progress, accelerator.reduce(total, "mean") / steps_per_epoch)
         if validation is not None:
             asked = settings.labels == "teacher" or progress.epoch + 1 == settings.epochs
-            found = evaluate(
+            entry |= evaluate(
                 judged if average is None else average.module,
                 validation,
                 accelerator,
                 teacher if asked else None,
                 settings.labels,
             )
-            entry |= found
         progress.history.append(entry)
         progress.epoch, progress.batch, progress.loss = progress.epoch + 1, 0, 0.0
         accelerator.log(entry, step=progress.step)
         top1 = entry.get("top1", -1.0)
-        better, progress.best = top1 > progress.best, max(top1, progress.best)
+        better = validation is None or top1 > progress.best
+        progress.best = max(top1, progress.best)
         if accelerator.is_main_process:
             if better:
                 checkpoint.save_best()
@@ -207,6 +226,39 @@ def distill(
 
 
 # -- parts of the loop ----------------------------------------------------------------------------
+
+
+def _check_loaders(train: Any, validation: Any) -> None:
+    loaders = {"train": train} | ({} if validation is None else {"validation": validation})
+    for name, loader in loaders.items():
+        if not isinstance(loader, DataLoader):  # others would not be shared among processes
+            raise TypeError(
+                f"{name}: expected a torch.utils.data.DataLoader, got {type(loader).__name__}. "
+                "What mixes belongs into it: DataLoader(..., collate_fn=SuperMixCollate(teacher))."
+            )
+    if len(train) == 0:
+        raise ValueError(
+            "train: expected at least one batch an epoch, got none. Use a smaller batch_size, or "
+            "drop_last=False."
+        )
+
+
+def _first_batch(validation: Any, device: torch.device) -> list[Any]:
+    """Of a loader that is not prepared yet."""
+    from accelerate.utils import send_to_device
+
+    for batch in validation:
+        return [batch if isinstance(batch, MixBatch) else send_to_device(batch, device)]
+    return []
+
+
+def _check_same_step(step: int, folder: Path, accelerator: Any) -> None:
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"out: expected every process to go on from the same step, got {steps}. Choose a "
+            f"folder that all machines see, or remove {str(folder)!r} everywhere to begin anew."
+        )
 
 
 def _calls(batch: Any, settings: DistillSettings) -> float:
@@ -243,9 +295,7 @@ def _rest(train: Any, done: int) -> Any:
 def _set_epoch(train: Any, epoch: int) -> None:
     """Tell the order, and who draws the mixes."""
     for name in ("dataset", "collate_fn"):
-        part = getattr(train, name, None)
-        if callable(set_epoch := getattr(part, "set_epoch", None)):
-            set_epoch(epoch)
+        set_epoch_of(getattr(train, name, None), epoch)
     train.set_epoch(epoch)
 
 

@@ -20,7 +20,7 @@ from supermix_transforms.results import TeacherLabels
 from supermix_transforms.training.hints import HintLoss
 from supermix_transforms.training.settings import DistillSettings
 
-__all__ = ["Pictured", "batch_loss", "sample_places"]
+__all__ = ["Pictured", "batch_loss", "check_classes", "sample_places"]
 
 
 class Pictured(nn.Module):
@@ -86,11 +86,11 @@ def batch_loss(
     """The loss of a batch, and how many pictures the student was given."""
     images, labels, known = _originals(batch, settings, teacher)
     mixes = settings.learn == "both" and isinstance(batch, MixBatch) and batch.is_mixed
-    pictures = torch.cat([images, batch.mixed]) if mixes else images
+    pictures = _joined(images, batch.mixed) if mixes else images
     # one forward: one batch's statistics
     every = model(pictures, (len(images), sample_places(batch))) if hinted else model(pictures)
     every, hint = every if hinted else (every, 0.0)
-    _check_classes(every, known or (batch.mixed_teacher if mixes else None))
+    check_classes(every, known or (batch.mixed_teacher if mixes else None))
     logits, mixed_logits = every.split([len(images), len(pictures) - len(images)])
     labels = _smoothed(labels, logits.shape[1], settings.label_smoothing)
     kd = {"temperature": settings.temperature, "weight": settings.kd_weight}
@@ -116,6 +116,15 @@ def batch_loss(
     return loss + hint, len(pictures)
 
 
+def _joined(images: Tensor, mixed: Tensor) -> Tensor:
+    if mixed.dtype != images.dtype:  # else the originals would become 0..255 in float
+        raise ValueError(
+            f"distill: expected mixes of the originals' {images.dtype}, got {mixed.dtype}. Convert "
+            "pictures before they are stacked, or in the transform that mixes them."
+        )
+    return torch.cat([images, mixed])
+
+
 def _smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     """Labels (B,) or (B, N) with a part of them spread over all classes, (B, N); or as they are."""
     if smoothing == 0:
@@ -125,7 +134,8 @@ def _smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return (1 - smoothing) * labels.float() + smoothing / classes
 
 
-def _check_classes(logits: Tensor, known: TeacherLabels | None) -> None:
+def check_classes(logits: Tensor, known: TeacherLabels | None) -> None:
+    """Raise a ValueError unless there is a logit for each of the teacher's classes."""
     if logits.ndim != 2 or (known is not None and logits.shape[1] != known.num_classes):
         wanted = "N" if known is None else f"{known.num_classes}, the teacher's classes"
         raise ValueError(

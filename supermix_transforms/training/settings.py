@@ -52,6 +52,11 @@ class DistillSettings:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
                 raise ValueError(f"{name}: expected a number in 0..{most}, got {value!r}.")
+        if not all(0 <= place <= 1 for place in self.milestones):
+            raise ValueError(
+                f"milestones: expected parts of all steps, in 0..1, got {self.milestones}. Divide "
+                "epochs by their number."
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}.")
         if self.schedule not in ("step", "cosine"):
@@ -77,7 +82,7 @@ class DistillSettings:
         """The learning rate of a step of all `steps`."""
         warmup = min(self.warmup_epochs * steps_per_epoch, steps / 10)
         if step < warmup:
-            return self.lr * (step + 1) / warmup
+            return self.lr * min(1.0, (step + 1) / warmup)
         if self.schedule == "cosine":
             done = (step - warmup) / max(1.0, steps - warmup)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
