@@ -32,7 +32,6 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_use_rtype = False
-add_module_names = False
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/gallery",

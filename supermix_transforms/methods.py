@@ -33,7 +33,7 @@ __all__ = [
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
 
-# The fast method's constants (docs/solver.md has the trials). Tau and delta are in units of logits.
+# The fast method's constants (docs/solver-log.md has the trials). Tau and delta are in logits.
 TAU = 0.5  # temperature of the smooth maximum over the other classes
 LEAD = 1.0  # of each class over the others, that the loss asks for
 KL_WEIGHT = 2.0

@@ -1,6 +1,6 @@
 """Partners that are easy to mix, and varied: an assignment over a batch's class maps.
 
-No teacher call is made; docs/solver.md has the trials behind score and constants.
+No teacher call is made; docs/solver-log.md has the trials behind score and constants.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Settings of the solver, and what they come to for one k and one picture size.
 
 Source: SuperMix (Dabouei et al., CVPR 2021), sections 3.1, 4.1 and 4.4 for the values of the
-paper's methods; docs/solver.md for those of the fast one.
+paper's methods; docs/solver-log.md for those of the fast one.
 """
 
 from dataclasses import dataclass

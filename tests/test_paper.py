@@ -51,7 +51,7 @@ def run(module, monkeypatch, data, work, *options: str) -> list[dict]:
 
 
 # bf16 takes ten times as long on a CPU that has no instructions for it
-SMALL = ("--pictures", "1000", "--mixes", "1000", "--steps", "4", "--float32")
+SMALL = ("--pictures", "1000", "--mixes", "1000", "--steps", "8", "--float32")
 
 
 def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, capsys):
@@ -61,8 +61,8 @@ def test_table_2_trains_each_kind_of_student(script, monkeypatch, data, work, ca
     assert [result["method"] for result in found] == methods
     for result in found:
         assert 0 <= result["top1"] <= result["top5"] <= 1
-        # four steps of 128 originals and 128 mixes are half an epoch, eight of originals are one
-        assert result["student_samples"] == (1000 if "hard" not in result["method"] else 2000)
+        # an epoch of 128 originals and 128 mixes a step, or two of 128 originals
+        assert result["student_samples"] == 2000
     assert table.PAPER["supermix-hard-kd"] == 73.19
     shown = json.loads(capsys.readouterr().out)
     assert shown["paper_top1"]["kd"] == 70.66
@@ -76,12 +76,12 @@ def test_tables_1_and_3_train_their_students(script, monkeypatch, data, work, ca
         script("table1"), monkeypatch, data, work, *SMALL, "--methods", "pba-cifar10+cutout"
     )
     assert (policy["teacher"], policy["student"]) == ("resnet20", "resnet20")
-    assert policy["student_samples"] == 1000
+    assert policy["student_samples"] == 2000
     table3 = script("table3")
     methods = ["at", "vid", "cutmix-hard"]
     *others, _ = run(table3, monkeypatch, data, work, *SMALL, "--methods", *methods)
     assert {other["student"] for other in others} == {"shufflenet_v2_x0_5"}
-    assert {other["student_samples"] for other in others} == {1000}
+    assert {other["student_samples"] for other in others} == {2000}
     assert "paper: 73.4" in capsys.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_the_same_students_are_measured_on_the_test_set_and_none_is_trained(
     train, held_out, test = students.shards_of(data, work)
     some = train, held_out, test[:1]  # 1,000 pictures
     monkeypatch.setattr(students, "shards_of", lambda *_: some)
-    asked = [*SMALL, "--methods", "cutmix-hard", "--steps", "8"]
+    asked = [*SMALL, "--methods", "cutmix-hard"]
     with pytest.raises(ValueError, match="--test: expected a student that was trained"):
         run(students, monkeypatch, data, work, *asked, "--test")
     (held_out,) = run(students, monkeypatch, data, work, *asked)
@@ -148,6 +148,14 @@ def test_students_are_trained_in_bf16_unless_float32_is_asked(
     case = students.Case("kd", float32=float32)
     with pytest.raises(Asked, match=f"^{precision}$"):
         students.figures_of(case, data, tmp_path, compiled=False)
+
+
+def test_steps_are_whole_epochs(script):
+    students = script("students")
+    assert students.settings_of(students.Case("cutmix-hard", steps=792), 47).epochs == 17
+    assert students.settings_of(students.Case("kd", steps=792), 47).epochs == 34
+    with pytest.raises(ValueError, match=r"expected a multiple of the 157 steps .* got 32"):
+        students.settings_of(students.Case("cutmix-hard", steps=32), 157)
 
 
 def test_a_case_with_another_alpha_is_another_case(script, tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ CIFAR-100, ResNet-56 to ResNet-20, k 2. Parts that stand in the file are not run
 
 - `labels`: the soft part of Eq. 8, tau 4, of the ResNet-20 beside the pictures, for 2,000 training
   pictures in a random crop and flip and for their SuperMix mixes: with the n largest labels stored
-  (float16, the rest spread evenly) against all logits. Mean of the loss, mean of its absolute error
-  over pictures, the error of the batch's loss, and the cosine of the gradients of the logits.
+  (float16, the rest as `softened` spreads it) against all logits. Mean of the loss, mean of its
+  absolute error over pictures, the error of the batch's loss, and the cosine of the gradients of
+  the logits.
 - `steps`: pictures a second that a student in bf16 (or in float32, for CPUs that have no fast one:
   --precision) is trained on, 128 originals and 128 mixes a step, with 0 and 2 workers: mixes
   replayed from recipes, against torchvision's CutMix of the same originals, and mixed online by the

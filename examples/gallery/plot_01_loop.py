@@ -28,7 +28,7 @@ student = torch.nn.Sequential(
     torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.LazyLinear(1000)
 )
 optimiser = torch.optim.SGD(student.parameters(), lr=0.01)
-collate = SuperMixCollate(teacher, k=2, target="hard")
+collate = SuperMixCollate(teacher, k=2)
 
 for epoch in range(2):
     collate.set_epoch(epoch)  # other partners and weights in each epoch

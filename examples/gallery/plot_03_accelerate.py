@@ -23,7 +23,7 @@ dataset = [(picture, label) for label, (_, picture) in enumerate(demo_pictures()
 # %%
 # Build the collate in the function that runs on each rank, and keep it as long as the loader.
 
-collate = SuperMixCollate(teacher, target="hard")
+collate = SuperMixCollate(teacher)
 loader = DataLoader(dataset, batch_size=5, shuffle=True, collate_fn=collate)
 student = torch.nn.Sequential(
     torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(192, 1000)

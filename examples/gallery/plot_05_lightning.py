@@ -50,7 +50,7 @@ class Epochs(lightning.Callback):
         trainer.train_dataloader.collate_fn.set_epoch(trainer.current_epoch)
 
 
-collate = SuperMixCollate(teacher, output="concat", target="hard")
+collate = SuperMixCollate(teacher, output="concat")
 loader = DataLoader(dataset, batch_size=5, shuffle=True, collate_fn=collate)
 trainer = lightning.Trainer(
     max_epochs=2,

@@ -48,6 +48,7 @@ with tempfile.TemporaryDirectory() as folder:
         StudentForImageClassification(config),
         arguments,
         train_dataset=dataset,
+        # the model's own loss wants class indices; where it takes probabilities, leave target= out
         data_collator=SuperMixCollate(teacher, output="dict", target="hard"),
     )
     result = trainer.train()

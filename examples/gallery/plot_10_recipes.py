@@ -2,7 +2,7 @@
 Write the mixed set once, replay it often
 =========================================
 
-``generate`` writes recipes of mixes, a few hundred bytes each; ``replay`` makes the same pictures
+``generate`` writes recipes of mixes, some 150 bytes each; ``replay`` makes the same pictures
 from the shards in any DataLoader, without a teacher.
 """
 

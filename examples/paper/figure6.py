@@ -12,6 +12,8 @@ table1.py. A small setting:
 
     python examples/paper/figure6.py --panel k --data ../shared/data --work students/ \\
         --pictures 2000 --mixes 2000 --steps 32
+
+Panel `size` multiplies the mixes of an epoch, so it wants --steps 160 there, 3520 of all pictures.
 """
 
 from dataclasses import replace

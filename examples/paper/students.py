@@ -279,12 +279,23 @@ def data_of(case: Case, data: Path, work: Path) -> TrainingData:
 
 
 def settings_of(case: Case, steps_per_epoch: int) -> DistillSettings:
-    """`steps` steps of mixes, or twice as many of originals alone."""
+    """`steps` steps of mixes, or twice as many of originals alone; about as many in whole epochs.
+
+    Raises:
+        ValueError: if that is an eighth more or less than was asked for.
+    """
     method = METHODS[case.method]
     learn = method.get("learn", "both")
+    steps = case.steps * (2 if learn == "originals" else 1)
+    epochs = max(1, round(steps / steps_per_epoch))
+    if abs(epochs * steps_per_epoch - steps) > steps / 8:
+        raise ValueError(
+            f"--steps: expected a multiple of the {steps_per_epoch} steps of an epoch of "
+            f"{case.method}, got {steps}. Methods are compared at equal steps."
+        )
     return replace(
         TRAINING,
-        epochs=max(1, round(case.steps * (2 if learn == "originals" else 1) / steps_per_epoch)),
+        epochs=epochs,
         learn=learn,
         kd=method.get("kd", "none"),
         seed=case.seed,

@@ -44,8 +44,8 @@ DISTILL_EXAMPLE = """\
 examples:
   supermix distill --images photos/ --labels teacher --teacher efficientnet-lite0 \\
       --student timm/mobilenetv3_small_050 --preset modern --epochs 5 --out run/
-  supermix distill --shards 'train-{000..127}.tar' --recipes recipes/ --validation val/ \\
-      --student timm/resnet18 --out run/
+  supermix distill --shards 'train-{000..127}.tar' --recipes recipes/ \\
+      --validation 'val-{00..06}.tar' --student timm/resnet18 --out run/
 
 Mixes are made while training, by the teacher, or read from recipes or mixed shards. Without
 --validation a tenth of the samples is held out; not with recipes or mixed shards, which were made
