@@ -1,7 +1,7 @@
 """What all mixing transforms share: finding pictures and labels, carrying the rest along."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import PIL.Image
@@ -88,6 +88,8 @@ class BatchMix(v2.Transform, ABC):
 
     def forward(self, *inputs: Any) -> Any:
         batch = inputs if len(inputs) > 1 else inputs[0]
+        if isinstance(batch, Mapping):  # others than dict would be a single leaf of the tree
+            batch = dict(batch)
         labels = find_labels(batch, self.labels_getter)
         leaves, spec = tree_flatten(batch, is_leaf=is_box_targets)
         self._refuse(leaves)

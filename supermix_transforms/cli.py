@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import shtab
-import torch
 
 from supermix_transforms.commands.bench import METHODS, BenchReport, bench, print_report
 from supermix_transforms.commands.distill import DISTILL_EXAMPLE, distill_options, run_distill
+from supermix_transforms.commands.errors import in_words
 from supermix_transforms.commands.generate import (
     GENERATE_EXAMPLE,
     generate_options,
@@ -85,15 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             arguments.show(result)
         return 1 if getattr(result, "problems", ()) else 0
-    except (ValueError, ImportError, OSError) as error:
-        print(f"supermix: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"supermix: error: out of memory: {str(error).splitlines()[0]} Take a smaller "
-            "--batch-size or --size.",
-            file=sys.stderr,
-        )
+    except Exception as error:
+        words = in_words(error)
+        if words is None:
+            raise
+        print(f"supermix: error: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("supermix: interrupted", file=sys.stderr)

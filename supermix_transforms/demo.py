@@ -245,7 +245,8 @@ def mix_pictures(
     drawn = io.BytesIO()
     contact_sheet(panels).savefig(drawn, format="png")
     write_atomically(sheet, drawn.getvalue())
-    write_atomically(listing, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    content = json.dumps(report, indent=1, ensure_ascii=False)
+    write_atomically(listing, content.encode(errors="replace"))  # of names that are no UTF-8
     return MixSummary(str(folder), str(listing), str(sheet), name, seed, tuple(rows))
 
 

@@ -220,7 +220,7 @@ def identities(images: Tensor, keys: Sequence[Any] | Tensor | None = None) -> Te
     for row in range(len(part)):
         digest = hashlib.blake2b(part[row].numpy().tobytes(), digest_size=8)
         if keys is not None:
-            digest.update(str(keys[row]).encode())
+            digest.update(str(keys[row]).encode(errors="surrogateescape"))
         digests.append(int.from_bytes(digest.digest(), "little", signed=True))
     return torch.tensor(digests, dtype=torch.int64)
 

@@ -36,7 +36,7 @@ from supermix_transforms.inputs import (
     sendable,
     split_batch,
 )
-from supermix_transforms.mixing import keep_rows, label_mixes, label_originals
+from supermix_transforms.mixing import keep_rows, label_mixes, label_originals, settled_rows
 from supermix_transforms.results import Mixed, Outcome, TeacherLabels
 from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
@@ -78,6 +78,8 @@ class _BatchMixer:
         self.labels_getter = labels_getter
         self.seed = seed
         self.epoch: int = 0
+        if labeler is None and isinstance(transform, BatchMix):
+            labeler = transform.teacher
         self._transform, self._labeler, self._after = transform, labeler, after
         self._unconverged = unconverged
         self._has_mixed = False
@@ -149,7 +151,8 @@ class _BatchMixer:
     ) -> MixResult:
         """Somebody else's transform: it draws from torch's global generator, put back after it."""
         with seeded(Draw(self.seed, self.epoch, ids), Purpose.FOREIGN, images.device):
-            output = transform(images, labels) if labels is not None else transform(images)
+            own = images.clone()  # it may work in place, as timm's Mixup does
+            output = transform(own, labels) if labels is not None else transform(own)
         if labels is not None and not (isinstance(output, (tuple, list)) and len(output) == 2):
             raise ValueError(
                 f"mix: expected a transform of (images, labels) that returns both, got "
@@ -188,8 +191,7 @@ class _BatchMixer:
     def _drop(self, result: MixResult) -> MixResult:
         mixed, label, targets = result.mixed, result.mixed_teacher, result.targets
         assert mixed is not None
-        outcome = mixed.outcome
-        rows = ((outcome == Outcome.CONVERGED) | (outcome == Outcome.UNMIXED)).nonzero().flatten()
+        rows = settled_rows(mixed)
         return result._replace(
             mixed=keep_rows(mixed, rows),
             mixed_teacher=None if label is None else label[rows],
@@ -212,8 +214,9 @@ class SuperMixCollate(_BatchMixer):
         partner_cap: how often a picture may be a partner (matched).
         settings: the solver's.
         mix: another transform of ``(images, labels)``, in the place of SuperMix: `MixUp`, `CutMix`,
-            ``v2.RandomChoice([...])``. The teacher then labels its result; k, alpha, partners and
-            settings are the transform's own.
+            ``v2.RandomChoice([...])``. The teacher then labels its result, anew unless it is the
+            very `TeacherLabeler` that the transform has; k, alpha, partners and settings are the
+            transform's own.
         after: transform of each mixed picture (C, H, W), before the teacher labels it; size and
             dtype stay.
         output: what a batch's ``.to(device)`` returns: ``"batch"`` the `MixBatch`; ``"tuple"``
@@ -265,21 +268,12 @@ class SuperMixCollate(_BatchMixer):
                 partner_cap=partner_cap,
                 settings=settings,
             )
-        elif (k, alpha, partners, settings) != (2, 3.0, "random", SolverSettings()):
+        elif (k, alpha, partners, partner_cap, settings) != (2, 3.0, "random", 2, SolverSettings()):
             raise ValueError(
-                "mix: expected k, alpha, partners and settings to be left out beside it, for they "
-                "are SuperMix's. Pass them to the transform that is given as mix=."
+                "mix: expected k, alpha, partners, partner_cap and settings to be left out beside "
+                "it, for they are SuperMix's. Pass them to the transform that is given as mix=."
             )
-        super().__init__(
-            mix,
-            labeler or getattr(mix, "teacher", None),
-            after,
-            output,
-            target,
-            unconverged,
-            labels_getter,
-            seed,
-        )
+        super().__init__(mix, labeler, after, output, target, unconverged, labels_getter, seed)
         self.collate = collate
         self._enlist()
 
@@ -360,7 +354,7 @@ class MixLoader(_BatchMixer):
             )
         if mix is None and after is not None:
             raise ValueError("after: expected mixes to transform, got no mix=. Pass mix=, too.")
-        given = getattr(mix, "teacher", None) if labeler is None else as_labeler(labeler)
+        given = None if labeler is None else as_labeler(labeler)
         super().__init__(mix, given, after, output, target, unconverged, labels_getter, seed)
         self.loader = loader
         self._enlist()

@@ -38,6 +38,9 @@ class Member:
                 f"teacher: expected a module or a callable from images to logits, got "
                 f"{type(teacher).__name__}. Pass the model itself, or a list of models."
             )
+        if isinstance(teacher, nn.parallel.DistributedDataParallel):
+            # it would wait for the other ranks in each forward, and each rank's search has its own
+            teacher = teacher.module
         self.teacher: Callable[[Tensor], Any] = teacher
         self.module: nn.Module | None = teacher if isinstance(teacher, nn.Module) else None
         self.size: tuple[int, int] | None = (size, size) if isinstance(size, int) else size
@@ -204,6 +207,11 @@ class Member:
                 f"teacher: expected logits ({len(images)}, N) for {len(images)} pictures, or an "
                 f"object with .logits, got {got}. Wrap it: lambda images: model(images)[0]."
             )
+        if answer.shape[1] < 2:
+            raise ValueError(
+                f"teacher: expected logits of at least two classes, got {tuple(answer.shape)}. Of "
+                "one logit x, for yes and no, make two: torch.cat([-x, x], dim=1) / 2."
+            )
         return answer
 
 
@@ -222,7 +230,7 @@ def device_of(device: torch.device | str) -> torch.device:
 def evaluating(modules: Sequence[nn.Module | None]) -> Iterator[None]:
     """Eval mode inside; each submodule's own training flag afterwards, whatever happened."""
     present = [module for module in modules if module is not None]
-    training = [part for module in present for part in module.modules() if part.training]
+    training = [part for module in present for part in module.modules() if _is_training(part)]
     try:
         for module in training:
             module.training = False
@@ -230,6 +238,10 @@ def evaluating(modules: Sequence[nn.Module | None]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _is_training(part: nn.Module) -> bool:
+    return getattr(part, "training", False)  # a frozen module of TorchScript does not know
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

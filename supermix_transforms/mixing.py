@@ -157,7 +157,14 @@ def unmixed(images: Tensor, k: int) -> Mixed:
     masks = torch.zeros(count, k, height, width, device=images.device)
     masks[:, 0] = 1
     sources = torch.arange(count, device=images.device)[:, None].repeat(1, k)
-    return Mixed.unsearched(images, sources, masks, Outcome.UNMIXED)
+    # in storage of their own: whoever changes mixes in place must not change originals
+    return Mixed.unsearched(images.clone(), sources, masks, Outcome.UNMIXED)
+
+
+def settled_rows(mixed: Mixed) -> Tensor:
+    """Of mixes that converged, and of pictures that were not to be mixed, (R,) int64."""
+    outcome = mixed.outcome
+    return ((outcome == Outcome.CONVERGED) | (outcome == Outcome.UNMIXED)).nonzero().flatten()
 
 
 def keep_rows(mixed: Mixed, rows: Tensor) -> Mixed:

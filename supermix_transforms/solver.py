@@ -8,6 +8,7 @@ step and gives the gradient of the next. Rows that are finished leave the batch 
 again.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -215,6 +216,7 @@ def _search(
                 seen = look(some)
             going = _judge(some, seen, best, method, settings, step)
             if len(going) == 0:
+                del seen  # with its graph, before another one is made
                 continue
             if step == 0 and revise is not None:
                 some, part = some.take(going), seen.part.rows(going)
@@ -226,7 +228,15 @@ def _search(
             # vain, rows that failed pay for a second forward in a graph of their own: the fewer.
             if method.second_graph and 2 * len(going) < len(some.rows):
                 some = some.take(going)
+                del seen
                 seen, going = look(some), torch.arange(len(going), device=going.device)
+            if not seen.logits.requires_grad:
+                warnings.warn(
+                    "teacher: expected logits that depend on the pictures by a gradient, got none, "
+                    "so the search has nothing to go by. Take torch.no_grad() or detach() out of "
+                    "the teacher.",
+                    stacklevel=2,
+                )
             best.backwards[some.rows] += 1
             loss = method.loss(seen.logits, seen.masks, seen.part, settings)[going]
             gradient = gradient_of(loss.sum(), seen.leaf)[going]

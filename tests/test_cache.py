@@ -246,3 +246,13 @@ def test_a_command_runs_where_the_user_wrote_it_only(tmp_path, copies):
         ShardDataset("pipe:touch sprung")
     with pytest.raises(ValueError, match="expected a whole tar at 'pipe:head"):
         ShardDataset(f"pipe:head -c 3000 {shard}", cache_dir=copies)  # ends with 0 all the same
+
+
+def test_a_command_is_not_asked_for_an_index(tmp_path):
+    assert cache.published_index(f"pipe:touch {tmp_path / 'asked'}") is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_index_of_an_address_with_a_query_is_asked_with_it(server):
+    cache.published_index(f"{server.url}/part-0.tar?token=1")
+    assert set(server.asked) == {"/part-0.tar.index?token=1"}

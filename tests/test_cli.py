@@ -15,7 +15,7 @@ import torch
 from colours import pictures
 from PIL import Image
 from safetensors.torch import load_file
-from tars import write_colours, write_shards
+from tars import picture, write_colours, write_shards, write_tar
 from torchvision.transforms.v2.functional import to_pil_image
 
 from supermix_transforms import SolverSettings, SuperMix, __version__
@@ -500,6 +500,24 @@ def test_generate_as_shards_with_the_other_mixes(generating, capsys):
 def test_generate_says_what_is_wrong(generating, capsys, options, message):
     assert main([*generating, *options]) == 2
     assert f"supermix: error: {message}" in capsys.readouterr().err
+
+
+def test_generate_says_what_is_wrong_with_options_before_it_reads(generating, capsys, monkeypatch):
+    def opened(*_, **__):
+        pytest.fail("shards were opened")
+
+    monkeypatch.setattr("supermix_transforms.commands.generate.ShardDataset", opened)
+    assert main([*generating, "--quality", "200"]) == 2
+    assert "quality: expected an integer in 1..100, got 200" in capsys.readouterr().err
+
+
+def test_what_a_worker_could_not_read_is_said_in_a_line(generating, tmp_path, capsys):
+    broken = [("a.png", b"no picture"), ("a.cls", b"0"), ("b.png", picture(9)), ("b.cls", b"1")]
+    options = ["--shards", str(write_tar(tmp_path / "broken.tar", broken)), "--num-workers", "1"]
+    assert main([*generating, *options, "--view", "random-crop"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("supermix: error: images: expected a picture, got")
+    assert not any("Traceback" in line for line in said)
 
 
 def test_inspect_of_anything_else_is_an_error(tmp_path, capsys):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from colours import NUM_CLASSES, Stubborn, colour_teacher
 from rich.progress import Progress
-from tars import write_colours
+from tars import picture, write_colours, write_tar
 from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
@@ -409,7 +409,7 @@ def test_a_process_that_ended_before_its_units_is_noticed(dataset, tmp_path, mon
     """The first of two processes, whose other one never came."""
     state = type("State", (), {"process_index": 0, "num_processes": 2})
     monkeypatch.setattr("supermix_transforms.offline.generation.process_state", state)
-    monkeypatch.setattr("supermix_transforms.offline.writing.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("supermix_transforms.offline.writing.START_SECONDS", 0.2)
     monkeypatch.setattr("supermix_transforms.offline.writing.POLL_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
         run(dataset, tmp_path)
@@ -536,3 +536,31 @@ def test_the_summary_is_json(dataset, tmp_path, capsys):
 def test_num_classes_may_be_few(dataset, tmp_path):
     run(dataset, tmp_path, top=None)
     assert Ledger(tmp_path).settings()["top"] == NUM_CLASSES
+
+
+def test_a_picture_that_does_not_fit_its_view_is_named_or_left_out(tmp_path):
+    sizes = [(20, 20)] * 4 + [(8, 8)]
+    members = [
+        (f"{number}.{suffix}", content)
+        for number, size in enumerate(sizes)
+        for suffix, content in (("png", picture(40 * number, size=size)), ("cls", b"0"))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    view = v2.RandomCrop(16)
+    with pytest.raises(ValueError, match=r"Required crop size .* It is 'a\.tar/4'\."):
+        run(ShardDataset(tmp_path, transform=view), tmp_path / "out")
+    dataset = ShardDataset(tmp_path, transform=view, on_error="skip")
+    with pytest.warns(UserWarning, match=r"1 samples skipped: .* It is 'a\.tar/4'\."):
+        summary = run(dataset, tmp_path / "skipped")
+    assert (summary.mixes, summary.skipped) == (4, 1)
+
+
+def test_a_process_that_was_at_work_is_missed_sooner(dataset, tmp_path, monkeypatch):
+    state = type("State", (), {"process_index": 0, "num_processes": 2})
+    monkeypatch.setattr("supermix_transforms.offline.generation.process_state", state)
+    monkeypatch.setattr("supermix_transforms.offline.writing.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("supermix_transforms.offline.writing.POLL_SECONDS", 0.05)
+    alive = iter([True, True])
+    monkeypatch.setattr(Ledger, "is_alive", lambda ledger, rank: next(alive, False))
+    with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
+        run(dataset, tmp_path)

@@ -629,6 +629,42 @@ def test_foreign_transforms_are_repeatable_and_leave_the_generator_as_found(teac
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_foreign_transform_that_works_in_place_leaves_the_originals(teacher):
+    def blacken(images, labels):
+        return images.zero_(), labels
+
+    for loader in (
+        DataLoader(Pictures(5), 5, collate_fn=SuperMixCollate(teacher, mix=blacken)),
+        MixLoader(DataLoader(Pictures(5), 5), blacken, labeler=teacher),
+    ):
+        (batch,) = loader
+        assert not batch.mixed.any()
+        assert torch.equal(batch.images, torch.stack([image for image, _ in Pictures(5)]))
+
+
+def test_pictures_that_were_not_mixed_are_not_the_originals_themselves(teacher):
+    collate = SuperMixCollate(teacher, k=3, after=v2.RandomErasing(p=1.0, inplace=True))
+    collate.take_short()
+    batch = collate(list(Pictures(2)))
+    assert (batch.outcome == Outcome.UNMIXED).all()
+    assert not torch.equal(batch.mixed, batch.images)
+    assert torch.equal(batch.images, torch.stack([image for image, _ in Pictures(2)]))
+
+
+def test_what_somebody_elses_transform_calls_its_teacher_is_not_asked(teacher):
+    class Own(v2.Transform):
+        def __init__(self):
+            super().__init__()
+            self.teacher = torch.nn.Identity()
+
+        def forward(self, images, labels):
+            return images.flip(3), labels
+
+    (batch,) = MixLoader(DataLoader(Pictures(5), 5), Own())
+    assert torch.equal(batch.mixed, batch.images.flip(3))
+    assert batch.mixed_teacher is None
+
+
 def test_nobody_knows_a_foreign_mixs_sources(teacher):
     batch = SuperMixCollate(teacher, mix=foreign())(list(Pictures(5)))
     assert batch.sources is None
@@ -1014,8 +1050,11 @@ def test_where_the_teacher_has_no_answer_the_label_is_that_of_the_sources(
 
 
 def test_settings_of_supermix_beside_another_mix_are_an_error(teacher):
-    with pytest.raises(ValueError, match="mix: expected k, alpha, partners and settings to be"):
-        SuperMixCollate(teacher, k=3, mix=MixUp(teacher=teacher))
+    for options in ({"k": 3}, {"partner_cap": 7}):
+        with pytest.raises(
+            ValueError, match="mix: expected k, alpha, partners, partner_cap and se"
+        ):
+            SuperMixCollate(teacher, mix=MixUp(teacher=teacher), **options)
 
 
 def test_a_transform_that_loses_the_labels_is_an_error(teacher):

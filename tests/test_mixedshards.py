@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from colours import NUM_CLASSES, colour_teacher
-from tars import write_colours
+from tars import picture, write_colours, write_tar
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from supermix_transforms import ShardDataset, TeacherLabeler, generate
+from supermix_transforms import ShardDataset, SolverSettings, TeacherLabeler, generate
 from supermix_transforms.offline.mixedshards import decoded, encode_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,9 +104,9 @@ def test_timm_reads_picture_and_class_and_leaves_the_soft_label(mixed):
         samples = list(dataset)
     assert len(dataset) == COUNT
     assert len(samples) == COUNT
-    for picture, label in samples:
+    for image, label in samples:
         assert type(label) is int
-        assert label == int(expected(pil_to_tensor(picture)).argmax())
+        assert label == int(expected(pil_to_tensor(image)).argmax())
 
 
 def test_hugging_face_datasets_reads_picture_class_soft_label_and_sources(mixed, tmp_path):
@@ -167,3 +167,36 @@ def test_quality_and_size(suffix):
     else:
         assert errors[90] < errors[10] < 25
         assert sum(map(len, files[90])) > sum(map(len, files[10]))
+
+
+@pytest.mark.parametrize("picture_format", ["jpg", "png"])
+def test_mixes_of_two_pictures_of_one_class_stay_converged(tmp_path, picture_format):
+    red = [
+        (f"{n}.{suffix}", content)
+        for n in range(6)
+        for suffix, content in (("png", picture(200 + n, size=(16, 16))), ("cls", b"0"))
+    ]
+    write_tar(tmp_path / "a.tar", red)
+    dataset = ShardDataset(tmp_path, transform=v2.CenterCrop(16))
+    options = {"form": "shards", "picture_format": picture_format, "batch_size": 6}
+    summary = generate(dataset, colour_teacher(), tmp_path / "out", **options)
+    assert summary.mixes == summary.converged == 6
+
+
+def test_mixes_that_encoding_ruins_are_dropped_where_that_is_asked(tmp_path, monkeypatch):
+    def ruin(images, *options):
+        images = images.clone()
+        images[0] = 0
+        return encode_pictures(images, *options)
+
+    monkeypatch.setattr("supermix_transforms.offline.forms.encode_pictures", ruin)
+    write_colours(tmp_path, 22)
+    dataset = ShardDataset(tmp_path, transform=v2.CenterCrop(16))
+    options = {"form": "shards", "picture_format": "jpg", "batch_size": 11}
+    options["settings"] = SolverSettings(mask_size=4)
+    kept = generate(dataset, colour_teacher(), tmp_path / "kept", **options)
+    assert kept.converged < kept.mixes == 22
+    dropped = generate(
+        dataset, colour_teacher(), tmp_path / "dropped", unconverged="drop", **options
+    )
+    assert dropped.mixes == dropped.converged == kept.converged

@@ -274,3 +274,13 @@ def test_a_tar_without_pictures_is_an_error(tmp_path):
 def test_a_tar_may_be_left_half_read(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{i}.png": encoded() for i in range(9)})
     assert next(iter(PictureFiles(path, size=24)))[0] == "0.png"
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_pictures_of_16_bits_keep_their_shades(dtype):
+    levels = np.linspace(0, 65535, 256).round().astype("<u2").reshape(16, 16)
+    content = io.BytesIO()
+    Image.fromarray(levels.astype(dtype)).save(content, "PNG")
+    found = np.asarray(read_picture("a.png", content.getvalue()))
+    assert found.shape == (16, 16, 3)
+    assert np.abs(found[..., 0].astype(int) - (levels / 257)).max() <= 1

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from supermix_transforms import ShardDataset, ShardSampler
 from supermix_transforms.data.shards import find_shards
+from supermix_transforms.data.tarindex import index_path
 
 to_image = v2.ToImage()
 
@@ -227,6 +228,13 @@ def test_shards_that_are_not_there_are_errors(tmp_path, monkeypatch, urls, messa
     with pytest.raises(ValueError, match=r"expected \*.tar in '.', got none"):
         ShardDataset(".")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_shard_that_is_not_there_is_noticed_before_others_are_indexed(tmp_path):
+    shards = write_shards(tmp_path, [3])
+    with pytest.raises(ValueError, match=r"nowhere\.tar': No such file"):
+        ShardDataset([*shards, tmp_path / "nowhere.tar"])
+    assert not index_path(shards[0]).exists()
 
 
 def test_shards_without_samples_and_shards_named_twice_are_errors(tmp_path):

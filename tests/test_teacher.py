@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from colours import colour_teacher, pictures
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -833,3 +834,29 @@ def test_class_maps_are_float32_under_autocast():
     maps = TeacherLabeler(plain()).class_maps(noise())
     with torch.autocast("cpu", torch.bfloat16):
         assert maps.maps().dtype == torch.float32
+
+
+def test_a_teacher_that_waits_for_other_ranks_is_asked_without_them():
+    net = colour_teacher()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        labeler = TeacherLabeler(wrapped)
+        wrapped.register_forward_pre_hook(lambda *_: pytest.fail("it was asked itself"))
+        images, labels = pictures(6)
+        assert torch.equal(labeler(images).hard, labels)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is on its way out
+def test_a_frozen_torchscript_teacher_is_asked():
+    images, labels = pictures(6)
+    traced = torch.jit.freeze(torch.jit.trace(colour_teacher().eval(), images))
+    assert torch.equal(TeacherLabeler(traced)(images).hard, labels)
+
+
+def test_a_teacher_of_one_logit_is_an_error():
+    with pytest.raises(ValueError, match=r"at least two classes, got \(3, 1\)\. Of one logit"):
+        TeacherLabeler(lambda images: images.mean(dim=(1, 2, 3))[:, None])(torch.rand(3, 3, 4, 4))

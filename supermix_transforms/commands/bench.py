@@ -157,6 +157,7 @@ def bench(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got the file {str(out)!r}. Name another one.")
     require_matplotlib()  # now, not after minutes of work
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(False), torch.enable_grad(), labeler.ready():
         named = list(itertools.islice(pictures, count))
         batches = draw_batches(
@@ -185,7 +186,6 @@ def bench(
     rows = {each: make_row(each, measured, searches.get(each)) for each in runs}
     rows |= {each: BenchRow(each, skipped=reason) for each, reason in skipped.items()}
     rows |= {each: replace(rows[one], name=each, same_as=one) for each, one in same_as.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     report = BenchReport(
         methods=tuple(rows[each] for each in methods),
         out=str(folder),

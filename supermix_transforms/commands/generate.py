@@ -7,7 +7,12 @@ from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.data.views import VIEWS
 from supermix_transforms.demo import named_labeler
 from supermix_transforms.models import load_teacher
-from supermix_transforms.offline.generation import GenerateSummary, generate, process_state
+from supermix_transforms.offline.generation import (
+    GenerateSummary,
+    check_choices,
+    generate,
+    process_state,
+)
 from supermix_transforms.solver import SolverSettings
 
 __all__ = ["GENERATE_EXAMPLE", "generate_options", "print_generated", "run_generate"]
@@ -74,6 +79,12 @@ def run_generate(arguments: argparse.Namespace) -> GenerateSummary:
     Raises:
         ValueError, ImportError, OSError: as `generate` and what is asked for do.
     """
+    settings = SolverSettings(method=arguments.method, mask_size=arguments.mask_size)
+    names = ("mix", "form", "picture_format", "quality")
+    numbers = ("passes", "k", "batch_size", "unit_batches")
+    choices = {name: getattr(arguments, name) for name in (*names, *numbers)}
+    choices["top"] = arguments.top or None
+    check_choices(**choices)  # now, not after shards were indexed or copied
     state = process_state()
     teacher = load_teacher(arguments.teacher, weights=arguments.weights)
     size = arguments.size or teacher.size or 224
@@ -89,24 +100,16 @@ def run_generate(arguments: argparse.Namespace) -> GenerateSummary:
             dataset,
             named_labeler(teacher, mean=arguments.mean, std=arguments.std, device=device),
             arguments.out,
-            mix=arguments.mix,
-            k=arguments.k,
             alpha=arguments.alpha,
             partners=arguments.partners,
             partner_cap=arguments.partner_cap,
-            settings=SolverSettings(method=arguments.method, mask_size=arguments.mask_size),
+            settings=settings,
             unconverged=arguments.unconverged,
-            passes=arguments.passes,
-            form=arguments.form,
-            picture_format=arguments.picture_format,
-            quality=arguments.quality,
-            top=arguments.top or None,
-            batch_size=arguments.batch_size,
-            unit_batches=arguments.unit_batches,
             window=arguments.window,
             seed=arguments.seed,
             num_workers=arguments.num_workers,
             dry_run=arguments.dry_run,
+            **choices,
         )
     finally:
         state.destroy_process_group()

@@ -36,8 +36,11 @@ def cached_path(url: str, cache_dir: Path) -> Path:
 
 def published_index(url: str) -> ShardIndex | None:
     """The index beside a shard elsewhere, or None if there is none that can be believed."""
+    if url.startswith("pipe:"):
+        return None  # a command says what it reads
+    path, *query = url.split("?", 1)
     try:
-        with _opened(f"{url}.index") as stream:
+        with _opened("?".join([f"{path}.index", *query])) as stream:
             content = b"".join(_blocks(stream, MOST_INDEX_BYTES))
     except (OSError, ValueError):
         return None

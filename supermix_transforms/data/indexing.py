@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from supermix_transforms.data.shards import find_shards
+from supermix_transforms.data.shards import check_there, find_shards
 from supermix_transforms.data.tarindex import load_index, verify_index
 
 __all__ = ["IndexSummary", "ShardSummary", "index_shards", "print_index"]
@@ -63,6 +63,8 @@ def index_shards(urls: str | Path | Sequence[str | Path], *, verify: bool = Fals
         if not isinstance(shard, Path):
             raise ValueError(f"shards: expected files, got {shard!r}. Index them where they are.")
         shards.append(shard)
+    if not verify:
+        check_there(shards)
     sizes = [shard.stat().st_size if shard.exists() else 0 for shard in shards]
     console = Console(stderr=True)
     columns = (

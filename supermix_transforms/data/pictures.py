@@ -116,6 +116,9 @@ def read_picture(name: str, content: bytes) -> "Image":
                 f"PIL.Image.MAX_IMAGE_PIXELS, {most}"
             )
         ImageOps.exif_transpose(image, in_place=True)  # one copy, below, is enough
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+            image.info.pop("transparency", None)  # a level of 16 bits
         if "transparency" in image.info:  # else Pillow warns
             image = image.convert("RGBA")
         return image.convert("RGB")

@@ -32,6 +32,7 @@ __all__ = [
     "ShardDataset",
     "UnreadableError",
     "check_some",
+    "check_there",
     "find_shards",
 ]
 
@@ -99,7 +100,9 @@ class ShardDataset(Dataset[tuple[Any, Any]]):
         self.shards: list[Path] = []
         self._indices: list[ShardIndex] = []
         self._urls: dict[Path, str] = {}  # of copies
-        for shard in find_shards(urls):
+        shards = find_shards(urls)
+        check_there(shards)
+        for shard in shards:
             if isinstance(shard, Path):
                 path, index = shard, load_index(shard)
             else:
@@ -342,3 +345,13 @@ def find_shards(urls: str | Path | Sequence[str | Path]) -> list[Path | str]:
         twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
         raise ValueError(f"shards: expected each tar once, got {str(twice)!r} twice.")
     return shards
+
+
+def check_there(shards: Sequence[Path | str]) -> None:
+    """Raise a ValueError for a file that is not there: before hours of indexing, not after them."""
+    missing = [each for each in shards if isinstance(each, Path) and not each.exists()]
+    if missing:
+        raise ValueError(
+            f"shards: expected a tar file, got {str(missing[0])!r}: No such file or directory. "
+            "Check the path."
+        )

@@ -37,7 +37,10 @@ VIEWS: dict[str, Any] = {  # of the command line: from a size to a transform
         [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     ),
     "random-crop": lambda size: v2.Compose(
-        [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+        [
+            v2.RandomCrop(size, padding=size // 8, pad_if_needed=True),
+            v2.RandomHorizontalFlip(),
+        ]
     ),
     "center-crop": lambda size: v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)]),
 }

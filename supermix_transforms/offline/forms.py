@@ -13,7 +13,9 @@ from supermix_transforms.batch import MixResult
 from supermix_transforms.data.shards import ShardDataset
 from supermix_transforms.draws import Draw
 from supermix_transforms.files import write_atomically
-from supermix_transforms.mixing import or_labels
+from supermix_transforms.loader import Unconverged
+from supermix_transforms.methods import margins
+from supermix_transforms.mixing import keep_rows, or_labels, settled_rows
 from supermix_transforms.offline.ledger import Ledger
 from supermix_transforms.offline.mixedshards import (
     INFO,
@@ -92,9 +94,11 @@ class ShardForm:
         picture_format: PictureFormat,
         quality: int,
         top: int,
+        unconverged: Unconverged,
     ) -> None:
         self._dataset, self._labeler = dataset, labeler
         self._format, self._quality, self._top = picture_format, quality, top
+        self._unconverged = unconverged
 
     def make(self, batch: MadeBatch) -> tuple[list[dict[str, Any]], Tensor]:
         mixed, labels = batch.result.mixed, batch.result.mixed_teacher
@@ -104,6 +108,10 @@ class ShardForm:
             # the teacher judges and labels what is handed out
             pictures = decoded(files).to(mixed.images.device)
             mixed, labels = _judged(self._labeler, batch.result, pictures)
+            if self._unconverged == "drop":  # those that did until they were encoded
+                rows = settled_rows(mixed)
+                mixed, labels = keep_rows(mixed, rows), labels[rows]
+                files = [files[row] for row in rows.tolist()]
         samples = samples_of(
             files,
             mixed,
@@ -133,9 +141,9 @@ def _judged(
     logits = labeler.ask(pictures)
     own = or_labels(logits, before.probs, temperature=labeler.temperature)
     if mixed.mask_logits is not None and result.teacher is not None:  # it was searched for
-        wanted = result.teacher.hard[mixed.sources].sort(dim=1).values  # (M, k)
-        seen = logits.topk(wanted.shape[1], dim=1).indices.sort(dim=1).values
-        gone = (mixed.outcome == Outcome.CONVERGED) & (seen != wanted).any(dim=1)
+        wanted = result.teacher.hard[mixed.sources]  # (M, k); a class may stand there twice
+        members = torch.zeros_like(logits, dtype=torch.bool).scatter(1, wanted, True)
+        gone = (mixed.outcome == Outcome.CONVERGED) & (margins(logits, members) <= 0)
         outcome = mixed.outcome.masked_fill(gone, int(Outcome.MAX_STEPS))
         mixed = replace(mixed, outcome=outcome)
     return mixed, labeler.label(own)

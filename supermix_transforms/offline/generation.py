@@ -26,7 +26,7 @@ from supermix_transforms.solver import SolverSettings
 from supermix_transforms.teacher import TeacherLabeler, as_labeler
 from supermix_transforms.transforms import SuperMix
 
-__all__ = ["GenerateSummary", "generate", "process_state"]
+__all__ = ["GenerateSummary", "check_choices", "generate", "process_state"]
 
 FormName: TypeAlias = Literal["recipes", "shards"]
 MixName: TypeAlias = Literal["supermix", "mixup", "cutmix"]
@@ -94,7 +94,7 @@ def generate(
             that cannot be read (`ShardDataset`), and a process that ended before its units were
             finished. What is finished stays.
     """
-    _check_choices(mix, form, picture_format, quality, top, passes, batch_size, unit_batches)
+    check_choices(mix, form, picture_format, quality, top, passes, k, batch_size, unit_batches)
     state = process_state()
     labeler = as_labeler(teacher)
     draws = ViewDraws(dataset.transform, seed=seed)
@@ -119,11 +119,6 @@ def generate(
         unconverged=unconverged,
         seed=seed,
     )
-    if batch_size < k:
-        raise ValueError(
-            f"batch_size: expected at least k = {k} pictures, got {batch_size}. Partners come from "
-            "the same batch."
-        )
     mixer.take_short()  # the last batch of a pass, which may be the only one to be made
     order = Order(ShardSampler(dataset, seed=seed, window=window), passes, batch_size, unit_batches)
     num_classes = _num_classes(dataset, draws, labeler)
@@ -159,7 +154,7 @@ def generate(
         stored = RecipeForm(layout)
     else:
         asked |= {"picture_format": picture_format, "quality": quality}
-        stored = ShardForm(dataset, labeler, picture_format, quality, top)
+        stored = ShardForm(dataset, labeler, picture_format, quality, top, unconverged)
     run = Run(
         Ledger(out),
         order,
@@ -187,16 +182,18 @@ def process_state() -> Any:
 # -- what a folder is begun with -------------------------------------------------------------------
 
 
-def _check_choices(
+def check_choices(
     mix: str,
     form: str,
     picture_format: str,
     quality: int,
     top: int | None,
     passes: int,
+    k: int,
     batch_size: int,
     unit_batches: int,
 ) -> None:
+    """Raise a ValueError for what is wrong with options whatever teacher and pictures are."""
     for name, value, allowed in (
         ("mix", mix, get_args(MixName)),
         ("form", form, get_args(FormName)),
@@ -213,6 +210,11 @@ def _check_choices(
     ):
         if not isinstance(number, int) or not 1 <= number <= most:
             raise ValueError(f"{name}: expected an integer in 1..{most}, got {number!r}.")
+    if batch_size < k:
+        raise ValueError(
+            f"batch_size: expected at least k = {k} pictures, got {batch_size}. Partners come from "
+            "the same batch."
+        )
 
 
 def _num_classes(dataset: ShardDataset, draws: ViewDraws, labeler: TeacherLabeler) -> int:

@@ -77,9 +77,16 @@ class Originals(Dataset[dict[str, Any]]):
         epoch, view = places[0][0], self._draws.view
         samples = []
         for index, picture, _ in self.dataset.readable([i for _, i in places], labelled=False):
-            picture = view.prepare(picture)
-            crop = self._draws(picture, epoch, index)
-            image = torch.from_numpy(view.cut(picture, crop))
+            try:
+                picture = view.prepare(picture)
+                crop = self._draws(picture, epoch, index)
+                image = torch.from_numpy(view.cut(picture, crop))
+            except ValueError as error:  # of a picture that is too large or too small for the view
+                problem = f"{error} It is {self.dataset.name(index)!r}."
+                if self.dataset.on_error == "raise":
+                    raise ValueError(problem) from error
+                self.dataset.skip(problem)
+                continue
             samples.append({"image": image, "crop": torch.tensor(crop), "index": index})
         return samples
 

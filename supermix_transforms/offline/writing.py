@@ -24,7 +24,8 @@ from supermix_transforms.results import Outcome
 __all__ = ["GenerateSummary", "Run"]
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 60.0  # for a process to begin
+GRACE_SECONDS = 60.0  # for a process that was at work
+START_SECONDS = 1800.0  # for one that was not yet: it may be copying shards
 LOG_SECONDS = 60.0  # between two lines of progress, where there is no terminal
 Show: TypeAlias = Callable[[Callable[[], dict[str, UnitEntry]]], None]
 MEASURED = 64  # pictures that a dry run mixes
@@ -117,12 +118,15 @@ class Run:
                     f"generate: expected pictures to mix, got none of {len(places)} that can be "
                     "read. Look at the warnings before this for the reasons."
                 )
-            self._waiting = time.perf_counter() - start
+            read = time.perf_counter()
             made, outcome = self._form.make(self._mix(images, unit.epoch))
             file = io.BytesIO()
             self._form.write(file, unit.name, [made])
             self._made, self._bytes = len(outcome), len(file.getvalue())
-            self._seconds = time.perf_counter() - start
+            reading, mixing = read - start, time.perf_counter() - read
+            if self._num_workers > 0:  # they read while this process mixes
+                reading = max(0.0, reading / self._num_workers - mixing)
+            self._waiting, self._seconds = reading, reading + mixing
         return self._summary()
 
     def _batches(self, wanted: set[str]) -> Iterator[tuple[str, Iterator[MadeBatch]]]:
@@ -175,7 +179,7 @@ class Run:
     def _wait_for_others(self, show: Show) -> None:
         """Until all units are there, or whoever should make one is gone."""
         names = self._order.names
-        gone = 0.0  # seconds
+        gone, start, seen = 0.0, time.monotonic(), set[int]()
         while True:
             alive = {rank for rank in range(1, self._processes) if self._ledger.is_alive(rank)}
             entries = self._ledger.entries()  # after that: who is gone has entered all
@@ -183,8 +187,10 @@ class Run:
             missing = {i % self._processes for i, name in enumerate(names) if name not in entries}
             if not missing:
                 return
-            gone = 0.0 if missing <= alive else gone + POLL_SECONDS
-            if gone > GRACE_SECONDS:
+            seen |= alive
+            gone = gone + POLL_SECONDS if missing & seen - alive else 0.0
+            late = missing - seen and time.monotonic() - start > START_SECONDS
+            if gone > GRACE_SECONDS or late:
                 raise ValueError(
                     f"generate: expected processes {sorted(missing - alive)} to finish their "
                     "units, got none of them at work. What is finished stays; start again to go on."
