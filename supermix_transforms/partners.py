@@ -74,7 +74,8 @@ def match_partners(maps: ClassMaps, classes: Tensor, k: int, draw: Draw, *, cap:
         scores = _pair_scores(features[place], weight, bias, classes[place])
         similar = _similar(weight, classes[place])
     # infinite where a pair holds all classes there are, NaN where the teacher's answer is
-    scores = scores.double().nan_to_num(nan=-LARGE_SCORE).clamp(-LARGE_SCORE, LARGE_SCORE).cpu()
+    scores = scores.cpu().double()  # of which MPS has none
+    scores = scores.nan_to_num(nan=-LARGE_SCORE).clamp(-LARGE_SCORE, LARGE_SCORE)
     same = (classes[:, None] == classes[None, :])[place][:, place].cpu()
     chance = generator(draw, draw.ids[order].tolist(), Purpose.CHANCE).random((count, count))
     scores = scores - SIMILAR * similar.cpu() + CHANCE * torch.from_numpy(chance)
