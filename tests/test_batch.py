@@ -470,3 +470,10 @@ def test_mixes_without_labels_say_so_where_targets_are_read():
     batch._result = batch._result._replace(targets=None)
     with pytest.raises(ValueError, match=r"targets: these mixes have no labels.*labels_getter="):
         _ = batch.targets
+
+
+def test_a_name_that_is_no_utf_8_has_an_identity():
+    images = torch.rand(2, 3, 4, 4)
+    one, other = ([name, "b.png"] for name in ("caf\udce9.png", "cafe.png"))
+    assert identities(images, one)[0] != identities(images, other)[0]
+    assert identities(images, one)[1] == identities(images, other)[1]

@@ -290,3 +290,14 @@ def test_pictures_are_read_only_as_far_as_they_are_needed(tmp_path):
 
     run(tmp_path, pictures=many(), methods=["mixup"], count=4)
     assert len(taken) == 4
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "supermix_transforms.commands.bench.measure", lambda *_: pytest.fail("it was measured")
+    )
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file" / "out")

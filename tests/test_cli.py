@@ -512,7 +512,8 @@ def test_generate_says_what_is_wrong_with_options_before_it_reads(generating, ca
 
 
 def test_what_a_worker_could_not_read_is_said_in_a_line(generating, tmp_path, capsys):
-    broken = [("a.png", b"no picture"), ("a.cls", b"0"), ("b.png", picture(9)), ("b.cls", b"1")]
+    # the first picture is read by the main process, too
+    broken = [("a.png", picture(9)), ("a.cls", b"0"), ("b.png", b"no picture"), ("b.cls", b"1")]
     options = ["--shards", str(write_tar(tmp_path / "broken.tar", broken)), "--num-workers", "1"]
     assert main([*generating, *options, "--view", "random-crop"]) == 2
     said = capsys.readouterr().err.strip().splitlines()

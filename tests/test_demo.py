@@ -308,3 +308,12 @@ def test_demo_mixes_packaged_pictures_with_the_packaged_teacher(tmp_path):
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert sheet.width > 900
         assert sheet.height > 2000
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_well_as_it_can_be(tmp_path):
+    (_, first), *rest = colours(6)
+    mix(tmp_path, [("caf\udce9", first), *rest])
+    names = {
+        source["name"] for entry in read_labels(tmp_path)["mixes"] for source in entry["sources"]
+    }
+    assert "caf?" in names

@@ -1,6 +1,7 @@
 """D' written in units: the same bytes whatever happens on the way, and clear errors."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import threading
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from supermix_transforms.commands.generate import print_generated
 from supermix_transforms.data.tarindex import read_members
 from supermix_transforms.offline.inspection import inspect_mixes
 from supermix_transforms.offline.ledger import Ledger
-from supermix_transforms.offline.writing import _progress
+from supermix_transforms.offline.writing import Run, _progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEW = v2.Compose([v2.RandomCrop(16, padding=2), v2.RandomHorizontalFlip()])
@@ -555,12 +557,42 @@ def test_a_picture_that_does_not_fit_its_view_is_named_or_left_out(tmp_path):
     assert (summary.mixes, summary.skipped) == (4, 1)
 
 
-def test_a_process_that_was_at_work_is_missed_sooner(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("workers", "waiting", "seconds"), [(0, 8.0, 10.0), (2, 2.0, 4.0)])
+def test_a_dry_run_reckons_with_workers_that_read_meanwhile(
+    dataset, tmp_path, monkeypatch, workers, waiting, seconds
+):
+    """Pictures that take 8 seconds to read and 2 to mix."""
+    clock = itertools.cycle([0.0, 8.0, 10.0])
+    monkeypatch.setattr(
+        "supermix_transforms.offline.writing.time", SimpleNamespace(perf_counter=clock.__next__)
+    )
+    summary = run(dataset, tmp_path, dry_run=True, num_workers=workers)
+    assert (summary.waiting, summary.seconds) == (waiting, seconds)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_process_that_had_begun_is_missed_sooner(dataset, tmp_path, monkeypatch, seen):
+    """It was at work while the first one waited, or has only left a unit that it made."""
+    if not seen:
+        mine = Run.write
+
+        def write(whole, asked, versions):
+            made = whole._finish
+
+            def finish(unit, *parts):
+                made(unit, *parts)
+                if unit == "000-000000":  # meanwhile the other process makes its own first one
+                    made("000-000001", *parts)
+
+            whole._finish = finish
+            return mine(whole, asked, versions)
+
+        monkeypatch.setattr(Run, "write", write)
     state = type("State", (), {"process_index": 0, "num_processes": 2})
     monkeypatch.setattr("supermix_transforms.offline.generation.process_state", state)
     monkeypatch.setattr("supermix_transforms.offline.writing.GRACE_SECONDS", 0.1)
     monkeypatch.setattr("supermix_transforms.offline.writing.POLL_SECONDS", 0.05)
-    alive = iter([True, True])
+    alive = iter([seen, seen])
     monkeypatch.setattr(Ledger, "is_alive", lambda ledger, rank: next(alive, False))
     with pytest.raises(ValueError, match=r"expected processes \[1\] to finish their units"):
-        run(dataset, tmp_path)
+        run(dataset, tmp_path, passes=2)

@@ -1,5 +1,6 @@
 """The solver: Algorithm 1 against a slow reference, and what every row is owed."""
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import get_args, get_type_hints
@@ -862,6 +863,41 @@ def test_a_constant_teacher_ends_at_max_steps(method, path):
         mixed = run(torch.rand(5, 3, 9, 7), constant, method=method, max_steps=4)
     assert (mixed.outcome == Outcome.MAX_STEPS).all()  # a tie is no top k
     check_finite(mixed)
+
+
+class Holding:
+    """A teacher that notes, when it is asked, how much its earlier graphs still hold."""
+
+    def __init__(self, teacher) -> None:
+        self.teacher, self.held, self.asked = teacher, weakref.WeakSet(), []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.asked.append((len(images), len(self.held)))
+
+        class Saved:
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor = tensor
+
+        def pack(tensor: Tensor) -> Saved:
+            saved = Saved(tensor.detach())  # else an output would hold its own graph
+            self.held.add(saved)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            return self.teacher(images)
+
+
+@pytest.mark.parametrize("size", [4, 64])  # of groups
+def test_a_graph_is_let_go_before_the_teacher_is_asked_again(size, monkeypatch):
+    monkeypatch.setattr(solver, "group_size", lambda images: size)
+    teacher = Cells()
+    images = pictures(teacher, each=8)
+    holding = Holding(teacher)
+    with torch.no_grad():
+        originals = teacher(images)
+    mixed = run(images, holding, kind="contrast", originals=originals)
+    assert mixed.backwards.sum() > 0
+    assert all(held == 0 for _, held in holding.asked)
 
 
 class Failing:

@@ -19,6 +19,7 @@ same functions, and of ours at k = 2 without a teacher. Ours differ where they m
 import copy
 import pickle
 import random
+from collections import UserDict
 
 import numpy as np
 import PIL.Image
@@ -1023,3 +1024,16 @@ def test_cutmix_of_weights_that_are_all_one_pictures_is_that_picture():
 def test_whole_numbers_in_columns_are_no_probabilities(labels):
     with pytest.raises(ValueError, match=r"expected probabilities \(B, N\), got torch\.int64"):
         MixUp()(torch.rand(2, 3, 8, 8), labels)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_mapping_that_is_no_dict_is_mixed(labelled):
+    images, labels = pictures(6)
+    batch = UserDict(pixel_values=images, **({"labels": labels} if labelled else {}))
+    mix = SuperMix(colour_teacher(), labels_getter="default" if labelled else None, seed=0)
+    found = mix(batch)
+    assert not torch.equal(found["pixel_values"], images)
+    assert torch.equal(found["pixel_values"], mix(dict(batch))["pixel_values"])
+    assert torch.equal(batch["pixel_values"], images)
+    if labelled:
+        assert found["labels"].shape == (6, NUM_CLASSES)

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from supermix_transforms.data.views import Crop, View, ViewDraws
+from supermix_transforms.data.views import VIEWS, Crop, View, ViewDraws
 from supermix_transforms.draws import Draw, Purpose, seeded
 
 SIZES = [(300, 200), (31, 40), (20, 25), (33, 32)]  # width, height
@@ -121,3 +121,13 @@ def test_a_resize_may_have_nothing_but_a_largest_side():
 def test_padding_beyond_the_crop_is_an_error():
     with pytest.raises(ValueError, match="expected padding of at most the crop's 8 pixels"):
         ViewDraws(v2.RandomCrop(8, padding=9), seed=0)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_command_lines_views_show_pictures_smaller_than_they_are(name):
+    picture = Image.new("RGB", (11, 7), (255, 255, 255))
+    draws = ViewDraws(VIEWS[name](32), seed=0)
+    prepared = draws.view.prepare(picture)
+    image = draws.view.cut(prepared, draws(prepared, 0, 0))
+    assert image.shape == (3, 32, 32)
+    assert image.max() == 255

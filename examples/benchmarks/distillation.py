@@ -9,8 +9,8 @@ CIFAR-100, ResNet-56 to ResNet-20, k 2. Parts that stand in the file are not run
   (float16, the rest as `softened` spreads it) against all logits. Mean of the loss, mean of its
   absolute error over pictures, the error of the batch's loss, and the cosine of the gradients of
   the logits.
-- `steps`: pictures a second that a student in bf16 (or in float32, for CPUs that have no fast one:
-  --precision) is trained on, 128 originals and 128 mixes a step, with 0 and 2 workers: mixes
+- `steps`: pictures a second that a student in bf16 (or --float32, for CPUs that have no fast one)
+  is trained on, 128 originals and 128 mixes a step, with 0 and 2 workers: mixes
   replayed from recipes, against torchvision's CutMix of the same originals, and mixed online by the
   teacher. The medians over steps; all take turns.
 - `recipes` and `paying`: the time that it takes to write the mixes of --shards thousand pictures,
@@ -211,9 +211,10 @@ def main() -> None:
     parser = options_of(__doc__, "distillation")
     parser.add_argument("--work", type=Path, required=True, help="shards and recipes")
     parser.add_argument("--shards", type=int, default=4, help="of 1,000 pictures, that are mixed")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--float32", action="store_true", help="instead of bf16")
     options = parser.parse_args()
-    report = Report(options, "distillation", k=2, seed=SEED, precision=options.precision)
+    precision = "float32" if options.float32 else "bf16"
+    report = Report(options, "distillation", k=2, seed=SEED, precision=precision)
     shards = shards_of(options.data, options.work)[: options.shards]
     if not report.has(part="labels"):
         for result in list(labels(options.data, shards)):
@@ -223,7 +224,7 @@ def main() -> None:
         report.add(made_recipes(options.data, shards, recipes))
     for workers in (0, 2):
         if not report.has(part="steps", workers=workers):
-            report.add(steps(options.data, shards, recipes, workers, options.precision))
+            report.add(steps(options.data, shards, recipes, workers, precision))
     if not report.has(part="paying"):
         results = report.content["results"]
         made = next(result for result in results if result["part"] == "recipes")

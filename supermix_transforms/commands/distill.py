@@ -288,13 +288,12 @@ def _training_data(
     source = {
         name: getattr(arguments, name) for name in ("shards", "images", "dataset", "root")
     } | {"cache_dir": arguments.cache_dir}
+    labelled = arguments.labels == "data"
     # crd contrasts the data's own classes, whoever labels the pictures
-    labelled = arguments.labels == "data" or arguments.hints == "crd"
-    pictures = open_source(**source, labelled=labelled)
+    pictures = open_source(**source, labelled=labelled or arguments.hints == "crd")
     validation = None
     if arguments.validation is not None:
-        own = arguments.labels == "data"
-        validation = open_validation(arguments.validation, **source, labelled=own)
+        validation = open_validation(arguments.validation, **source, labelled=labelled)
     options: dict[str, Any] = {
         "target": _given(arguments.target, "soft"),
         "seed": arguments.seed,
@@ -320,7 +319,7 @@ def _training_data(
         size=size,
         mix=mix,
         augment=augment,
-        labelled=arguments.labels == "data",
+        labelled=labelled,
         num_classes=arguments.num_classes or num_classes,
         hold_out=arguments.mixed_shards is None,
         unconverged=arguments.unconverged or "keep",

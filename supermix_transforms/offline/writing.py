@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -24,8 +24,8 @@ from supermix_transforms.results import Outcome
 __all__ = ["GenerateSummary", "Run"]
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 60.0  # for a process that was at work
-START_SECONDS = 1800.0  # for one that was not yet: it may be copying shards
+GRACE_SECONDS = 60.0  # without a process that had begun
+START_SECONDS = 1800.0  # for one to begin
 LOG_SECONDS = 60.0  # between two lines of progress, where there is no terminal
 Show: TypeAlias = Callable[[Callable[[], dict[str, UnitEntry]]], None]
 MEASURED = 64  # pictures that a dry run mixes
@@ -98,13 +98,13 @@ class Run:
                     show(self._ledger.entries)
                 self._seconds = time.perf_counter() - start
                 if self._rank == 0:
-                    self._wait_for_others(show)
+                    self._wait_for_others(show, finished.keys())
                     with self._ledger.complaining():
                         self._form.finish(self._ledger)
         return self._summary()
 
     def measure(self, asked: dict[str, Any]) -> GenerateSummary:
-        """Make a few mixes and write nothing."""
+        """Make a few mixes and write nothing; with workers, as if they read meanwhile."""
         if self._ledger.is_begun:
             self._ledger.compare(asked)
         unit = next(self._order.units(set(self._order.names[:1])))
@@ -176,20 +176,27 @@ class Run:
         self._made += entry.mixes
         self._bytes += entry.bytes
 
-    def _wait_for_others(self, show: Show) -> None:
-        """Until all units are there, or whoever should make one is gone."""
-        names = self._order.names
-        gone, start, seen = 0.0, time.monotonic(), set[int]()
+    def _wait_for_others(self, show: Show, before: Collection[str]) -> None:
+        """Until all units are there, or whoever should make one is gone.
+
+        Who was seen at work, or has made a unit that was not there `before`, has begun, and is
+        missed sooner than who may still be copying shards.
+        """
+        ranks = {name: i % self._processes for i, name in enumerate(self._order.names)}
+        begun: set[int] = set()
+        gone, start = 0.0, time.monotonic()
         while True:
             alive = {rank for rank in range(1, self._processes) if self._ledger.is_alive(rank)}
             entries = self._ledger.entries()  # after that: who is gone has entered all
             show(entries.copy)
-            missing = {i % self._processes for i, name in enumerate(names) if name not in entries}
+            missing = {rank for name, rank in ranks.items() if name not in entries}
             if not missing:
                 return
-            seen |= alive
-            gone = gone + POLL_SECONDS if missing & seen - alive else 0.0
-            late = missing - seen and time.monotonic() - start > START_SECONDS
+            begun |= alive | {
+                rank for name, rank in ranks.items() if name in entries.keys() - before
+            }
+            gone = gone + POLL_SECONDS if missing & (begun - alive) else 0.0
+            late = bool(missing - begun) and time.monotonic() - start > START_SECONDS
             if gone > GRACE_SECONDS or late:
                 raise ValueError(
                     f"generate: expected processes {sorted(missing - alive)} to finish their "
